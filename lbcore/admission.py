@@ -1,0 +1,104 @@
+"""What bounds the work: the queue of requests, the race budget and the retry budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from lbcore.config import RaceSettings, RetrySettings
+from lbcore.records import Request
+
+RACE_BURST = 10.0
+"""Unused race budget is kept up to this many attempts."""
+
+
+class AdmissionQueue:
+    """Requests waiting for room, first come first served for each model."""
+
+    __slots__ = ("_waiting", "length_max")
+
+    def __init__(self, length_max: int) -> None:
+        self._waiting: dict[int, Request] = {}
+        self.length_max = length_max
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._waiting.values())
+
+    def __contains__(self, request: Request) -> bool:
+        return request.id in self._waiting
+
+    @property
+    def is_full(self) -> bool:
+        """No more may wait."""
+        return len(self._waiting) >= self.length_max
+
+    def push(self, request: Request) -> None:
+        """Put a request at the end."""
+        self._waiting[request.id] = request
+
+    def remove(self, request: Request) -> None:
+        """Take a request out, wherever it stands; harmless when it does not wait."""
+        self._waiting.pop(request.id, None)
+
+    def pop_ready(self, can_start: Callable[[Request], bool]) -> Iterator[Request]:
+        """Take out, in order, the requests for which `can_start` holds.
+
+        Behind one that cannot start, no other for the same model is asked: first come, first served.
+        """
+        blocked: set[tuple[str | None, bool]] = set()
+        for request in list(islice(self._waiting.values(), len(self._waiting))):
+            key = request.model, request.awaits_sync
+            if key in blocked:
+                continue
+            if can_start(request):
+                self.remove(request)
+                yield request
+            else:
+                blocked.add(key)
+
+
+class RaceBudget:
+    """Credits for extra attempts: each request earns `budget`, each racer or hedge spends one (a token bucket)."""
+
+    __slots__ = ("_credits", "_per_request")
+
+    def __init__(self, settings: RaceSettings) -> None:
+        self._per_request = settings.budget
+        self._credits = RACE_BURST if settings.budget > 0 else 0.0
+
+    @property
+    def credits(self) -> float:
+        """Extra attempts that may be started now."""
+        return self._credits
+
+    def earn(self) -> None:
+        """Count one request."""
+        self._credits = min(max(RACE_BURST, self._per_request), self._credits + self._per_request)
+
+    def spend(self) -> bool:
+        """Pay for one extra attempt; False when there is no credit."""
+        if self._credits < 1.0:
+            return False
+        self._credits -= 1.0
+        return True
+
+
+class RetryBudget:
+    """Retries under way, against a share of the requests in flight (Envoy's retry budget: 20 %, at least 3)."""
+
+    __slots__ = ("_settings", "under_way")
+
+    def __init__(self, settings: RetrySettings) -> None:
+        self._settings = settings
+        self.under_way = 0
+
+    def limit(self, in_flight: int) -> int:
+        """Return how many retries may be under way."""
+        return max(self._settings.budget_min, int(self._settings.budget * in_flight))
+
+    def allows(self, in_flight: int) -> bool:
+        """Tell whether one more retry may start."""
+        return self.under_way < self.limit(in_flight)

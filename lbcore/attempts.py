@@ -1,0 +1,282 @@
+"""Events of attempts: their progress, who wins, and what their end means for the request and for the server."""
+
+from __future__ import annotations
+
+from lbcore import events, race
+from lbcore.commands import AbortRequest, CancelAttempt, Command, CommitAttempt, Decision
+from lbcore.config import Config, Winner
+from lbcore.events import Reason
+from lbcore.fleet import Fleet
+from lbcore.health import BLAME, UNDONE, Blame
+from lbcore.ledger import Ledger
+from lbcore.ollama import RequestKind
+from lbcore.records import Attempt, Failure, Request, Server, smooth
+from lbcore.requests import Requests
+from lbcore.schema import SECOND_NS
+from lbcore.states import AttemptInput, AttemptState, ReliabilityInput, RequestInput, RequestState
+from lbcore.timers import TimerKind, Timers
+
+
+class Attempts:
+    """Decides what the progress of attempts leads to. Owned by the balancer."""
+
+    def __init__(
+        self, config: Config, fleet: Fleet, ledger: Ledger, requests: Requests, timers: Timers, out: list[Command]
+    ) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._ledger = ledger
+        self._requests = requests
+        self._timers = timers
+        self._out = out
+
+    def on_connected(self, event: events.AttemptConnected, now_ns: int) -> None:
+        """The server accepted: the time for its first token runs."""
+        attempt = self._ledger.advance(event.attempt_id, AttemptInput.CONNECTED)
+        if attempt is not None:
+            self._timers.arm(TimerKind.ATTEMPT, attempt.id, now_ns + self._patience_ns(attempt))
+
+    def _patience_ns(self, attempt: Attempt) -> int:
+        """Return how long a connected attempt may take to its first token, or to its whole answer."""
+        timeouts = self._config.timeouts
+        request = attempt.request
+        if request.kind is RequestKind.LOAD or (attempt.cold and request.stream):
+            return timeouts.first_token_cold_ns
+        if request.stream:
+            return timeouts.first_token_warm_ns
+        return timeouts.answer_ns + (timeouts.first_token_cold_ns if attempt.cold else 0)
+
+    def on_head(self, event: events.HeadReceived, now_ns: int) -> None:
+        """A good head came; nothing is decided by it."""
+        attempt = self._ledger.advance(event.attempt_id, AttemptInput.HEAD)
+        if attempt is not None:
+            attempt.last_chunk_ns = now_ns
+
+    def on_first_token(self, event: events.FirstTokenReceived, now_ns: int) -> None:
+        """The first token came: this may be the winner."""
+        attempt = self._ledger.advance(event.attempt_id, AttemptInput.FIRST_TOKEN)
+        if attempt is None or attempt.first_token_ns is not None:
+            return
+        self._ledger.mark_first_token(attempt, now_ns)
+        if attempt.detached:
+            self._ledger.cancel(attempt, Reason.LOST_RACE, "its model is loaded now", now_ns)
+            return
+        request = attempt.request
+        if request.stream:
+            self._timers.arm(TimerKind.ATTEMPT, attempt.id, now_ns + self._config.timeouts.silence_ns)
+        if race.rule_of(request) is Winner.MOST_TOKENS and not self._timers.is_armed(TimerKind.MEASURE, request.id):
+            self._timers.arm(TimerKind.MEASURE, request.id, now_ns + self._config.race.measure_ns)
+        self._settle(request, now_ns)
+
+    def on_buffer_filled(self, event: events.BufferFilled, now_ns: int) -> None:
+        """No more of this answer can be held: it is the winner if there is none yet."""
+        attempt = self._ledger.advance(event.attempt_id, AttemptInput.BUFFER_FULL)
+        if attempt is not None:
+            attempt.full = True
+            attempt.last_chunk_ns = now_ns
+            self._settle(attempt.request, now_ns)
+
+    def on_measure_timer(self, request_id: int, now_ns: int) -> None:
+        """The window in which tokens are counted is over."""
+        request = self._ledger.requests.get(request_id)
+        if request is not None:
+            self._settle(request, now_ns, window_over=True)
+
+    def _settle(self, request: Request, now_ns: int, *, window_over: bool = False) -> None:
+        """Commit the winner, if there is one by now."""
+        if request.state is not RequestState.RACING or request.kind is RequestKind.UNLOAD:
+            return
+        winner = race.winner_now(request, window_over=window_over)
+        if winner is not None:
+            self._commit(request, winner, now_ns)
+
+    def _commit(self, request: Request, winner: Attempt, now_ns: int) -> None:
+        self._ledger.step(request, RequestInput.COMMIT)
+        request.committed = winner
+        if winner.state is AttemptState.STREAMING:
+            self._ledger.advance(winner.id, AttemptInput.COMMIT)
+        self._out.append(CommitAttempt(request.id, winner.id))
+        rule = race.rule_of(request) if len(request.attempts) > 1 else "the only one"
+        self._ledger.record(
+            Decision.COMMITTED, request, rule, server=winner.server.name, took_ns=now_ns - request.arrived_ns
+        )
+        if request.model is not None and winner.target is not None and not winner.cold:
+            stats = self._fleet.model_stats(request.model)
+            if request.stream:
+                stats.first_token.add((winner.first_token_ns or now_ns) - winner.started_ns)
+            else:
+                stats.answer.add(now_ns - winner.started_ns)
+        self._ledger.disarm(request)
+        for loser in request.live_attempts:
+            if loser is winner:
+                continue
+            if loser.first_token_ns is None:
+                if loser.loader:
+                    loser.detached = True
+                    self._ledger.record(
+                        Decision.CANCELLED,
+                        request,
+                        "lost, but goes on until its model is loaded",
+                        server=loser.server.name,
+                        took_ns=now_ns - loser.started_ns,
+                    )
+                    continue
+                self._fleet.note_loss(loser, winner, now_ns)
+            self._ledger.cancel(loser, Reason.LOST_RACE, f"lost to {winner.server.name}", now_ns)
+
+    def on_ended(self, event: events.StreamEnded, now_ns: int) -> None:
+        """An answer ended well."""
+        attempt = self._ledger.advance(event.attempt_id, AttemptInput.END)
+        if attempt is None:
+            return
+        request = attempt.request
+        if attempt.first_token_ns is None:  # an answer without a body
+            self._ledger.mark_first_token(attempt, now_ns)
+        self._ledger.release(attempt)
+        self._note_served(attempt, now_ns)
+        if attempt.detached:
+            return
+        if request.kind is RequestKind.UNLOAD:
+            self._settle_unload(request, now_ns)
+            return
+        if request.committed is None:
+            self._settle(request, now_ns)
+        if request.committed is attempt:
+            self._finish(request, attempt, now_ns)
+
+    def _note_served(self, attempt: Attempt, now_ns: int) -> None:
+        """A whole good answer has come: learn from it, and credit the server."""
+        request, server, target = attempt.request, attempt.server, attempt.target
+        took_ns = now_ns - attempt.started_ns
+        if target is not None and not attempt.cold:
+            target.service_ns = smooth(target.service_ns, took_ns)
+            since_first_ns = now_ns - (attempt.first_token_ns or now_ns)
+            if attempt.n_tokens > 1 and since_first_ns > 0:
+                target.token_rate = smooth(target.token_rate, (attempt.n_tokens - 1) * SECOND_NS / since_first_ns)
+        if request.kind is RequestKind.UNLOAD and request.model is not None:
+            self._fleet.unloaded(server, request.model, now_ns)
+        elif request.kind is RequestKind.MANAGE:
+            self._fleet.probe_now(server, now_ns)
+        if attempt.request.stream:
+            self._fleet.note_reliability(server, ReliabilityInput.ENDED_WELL, now_ns, "a stream ended well")
+        fastest = len(request.attempts) > 1 and request.kind is RequestKind.GENERATE
+        self._fleet.succeed(
+            server, now_ns, "won a race and ended well" if fastest else "served a request", fastest=fastest
+        )
+
+    def _settle_unload(self, request: Request, now_ns: int) -> None:
+        if request.live_attempts:
+            return
+        served = next((a for a in request.attempts if a.state is AttemptState.SUCCEEDED), None)
+        if served is None:
+            self._requests.conclude(request, now_ns)
+            return
+        self._commit(request, served, now_ns)
+        self._finish(request, served, now_ns)
+
+    def _finish(self, request: Request, attempt: Attempt, now_ns: int) -> None:
+        for server, failure in request.suspects:
+            if server.id in self._fleet.servers and server is not attempt.server:
+                self._fleet.fail(server, failure, now_ns)
+        self._ledger.end(
+            request,
+            RequestInput.FINISH,
+            Decision.FINISHED,
+            f"{attempt.n_tokens} tokens",
+            now_ns,
+            server=attempt.server.name,
+        )
+
+    def on_failed(self, event: events.AttemptFailed, now_ns: int) -> None:
+        """An attempt failed, as the driver saw it."""
+        attempt = self._ledger.attempts.get(event.attempt_id)
+        if attempt is not None:
+            attempt.answered = event.answered
+        self._fail(event.attempt_id, event.reason, now_ns, status=event.status, detail=event.detail)
+
+    def on_timer(self, attempt_id: int, now_ns: int) -> None:
+        """An attempt took too long at the step it is in."""
+        attempt = self._ledger.attempts.get(attempt_id)
+        if attempt is None:
+            return
+        timeouts = self._config.timeouts
+        if attempt.state is AttemptState.CONNECTING:
+            reason, limit_ns = Reason.CONNECT_TIMEOUT, timeouts.connect_ns
+        elif attempt.first_token_ns is None or not attempt.request.stream:
+            reason = Reason.FIRST_TOKEN_TIMEOUT if attempt.request.stream else Reason.ANSWER_TIMEOUT
+            limit_ns = self._patience_ns(attempt)
+        else:
+            reason, limit_ns = Reason.SILENCE_TIMEOUT, timeouts.silence_ns
+            heard_ns = now_ns if attempt.paused else attempt.last_chunk_ns
+            if heard_ns + limit_ns > now_ns:
+                self._timers.arm(TimerKind.ATTEMPT, attempt.id, heard_ns + limit_ns)
+                return
+        self._out.append(CancelAttempt(attempt.id, reason))
+        self._fail(attempt.id, reason, now_ns, detail=f"after {limit_ns / SECOND_NS:g} s")
+
+    def _fail(self, attempt_id: int, reason: Reason, now_ns: int, *, status: int = 0, detail: str = "") -> None:
+        attempt = self._ledger.advance(attempt_id, AttemptInput.FAIL)
+        if attempt is None:
+            return
+        request, server = attempt.request, attempt.server
+        failure = Failure(server.name, reason, status, detail)
+        request.failures.append(failure)
+        self._ledger.record(
+            Decision.ATTEMPT_FAILED, request, str(failure), server=server.name, took_ns=now_ns - attempt.started_ns
+        )
+        self._ledger.release(attempt)
+        if request.committed is attempt:
+            self._break_stream(attempt, failure, now_ns)
+            return
+        self._blame(attempt, failure, now_ns)
+        if attempt.detached:
+            return
+        if attempt.answered:
+            request.last_answered = attempt
+        self._after_failure(request, reason, now_ns)
+
+    def _blame(self, attempt: Attempt, failure: Failure, now_ns: int) -> None:
+        request, server = attempt.request, attempt.server
+        if failure.reason is Reason.MODEL_NOT_FOUND and request.model is not None:
+            self._fleet.lacks(server, request.model, now_ns)
+        blame = BLAME[failure.reason]
+        if blame is Blame.CONTRAST and not attempt.detached:
+            request.suspects.append((server, failure))
+        elif blame is Blame.AT_ONCE:
+            if attempt.first_token_ns is not None and request.stream:
+                self._fleet.note_reliability(server, ReliabilityInput.BROKE, now_ns, str(failure))
+            self._fail_server(server, failure, now_ns)
+
+    def _fail_server(self, server: Server, failure: Failure, now_ns: int) -> None:
+        was_alive = server.is_alive
+        self._fleet.fail(server, failure, now_ns)
+        if was_alive and not server.is_alive:
+            self._requests.rescue(server, now_ns)
+
+    def _break_stream(self, attempt: Attempt, failure: Failure, now_ns: int) -> None:
+        """End a committed stream that broke; a RESUME attempt elsewhere would be started here."""
+        request, server = attempt.request, attempt.server
+        self._fleet.note_reliability(server, ReliabilityInput.BROKE, now_ns, str(failure))
+        self._out.append(AbortRequest(request.id, f"the stream broke: {failure}"))
+        self._ledger.end(
+            request,
+            RequestInput.FAIL,
+            Decision.FAILED,
+            f"{failure} after {attempt.n_tokens} tokens",
+            now_ns,
+            server=server.name,
+        )
+        self._fail_server(server, failure, now_ns)
+
+    def _after_failure(self, request: Request, reason: Reason, now_ns: int) -> None:
+        """Go on after an attempt failed before the commit: wait for the others, ask the next server, or give up."""
+        if request.kind is RequestKind.UNLOAD:
+            self._settle_unload(request, now_ns)
+            return
+        if request.live_attempts:
+            self._settle(request, now_ns)
+            return
+        may_go_elsewhere = reason in UNDONE if request.kind is RequestKind.MANAGE else reason is not Reason.CLIENT_ERROR
+        if may_go_elsewhere and self._requests.retry(request, now_ns):
+            return
+        self._requests.conclude(request, now_ns)

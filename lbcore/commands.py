@@ -1,0 +1,148 @@
+"""What the driver must do, in the imperative, in the order given; and decisions worth a log line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from lbcore.events import Reason
+
+
+class AttemptKind(StrEnum):
+    """Why an attempt was made."""
+
+    PRIMARY = "primary"
+    RACER = "racer"
+    HEDGE = "hedge"
+    RETRY = "retry"
+    RESUME = "resume"
+
+
+@dataclass(frozen=True, slots=True)
+class StartAttempt:
+    """Send the request to a server."""
+
+    request_id: int
+    attempt_id: int
+    server_id: int
+    kind: AttemptKind
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAttempt:
+    """Close the attempt's connection now; nothing more is wanted of it."""
+
+    attempt_id: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class CommitAttempt:
+    """Give the client this attempt's head, what is held of its body, and all that follows."""
+
+    request_id: int
+    attempt_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class PassAnswer:
+    """Give the client the whole answer held of this failed attempt, unchanged; the request is over."""
+
+    request_id: int
+    attempt_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class RejectRequest:
+    """Answer with an error of our own; nothing was sent to the client yet. `retry_after_s` 0: no such header."""
+
+    request_id: int
+    status: int
+    message: str
+    retry_after_s: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequest:
+    """The committed stream broke: end it so that the client cannot take it for complete."""
+
+    request_id: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartProbe:
+    """Read a server's version, models and loaded models."""
+
+    server_id: int
+    probe_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelProbe:
+    """A probe took too long; close its connection."""
+
+    server_id: int
+    probe_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetServer:
+    """A drained server is gone: close what is pooled for it."""
+
+    server_id: int
+
+
+class Decision(StrEnum):
+    """What a `RecordDecision` tells of."""
+
+    QUEUED = "queued"
+    STARTED = "started"
+    HEDGED = "hedged"
+    RETRIED = "retried"
+    COMMITTED = "committed"
+    CANCELLED = "cancelled"
+    ATTEMPT_FAILED = "attempt-failed"
+    FINISHED = "finished"
+    REJECTED = "rejected"
+    FAILED = "failed"
+    ABORTED = "aborted"
+    HEALTH = "health"
+    RELIABILITY = "reliability"
+    DOUBTED = "doubted"
+    SYNCED = "synced"
+    SERVER_ADDED = "server-added"
+    SERVER_DRAINING = "server-draining"
+    SERVER_GONE = "server-gone"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordDecision:
+    """One decision: about a request (`request_id`, else 0), mostly about a server (`server`, its name, else "").
+
+    `why` is the rule in words. `before` and `after` are a value that changed; `took_ns` is the time the thing
+    took so far; `names` are the servers concerned, in the order chosen.
+    """
+
+    decision: Decision
+    request_id: int = 0
+    server: str = ""
+    why: str = ""
+    before: str = ""
+    after: str = ""
+    took_ns: int = 0
+    names: tuple[str, ...] = ()
+
+
+Command = (
+    StartAttempt
+    | CancelAttempt
+    | CommitAttempt
+    | PassAnswer
+    | RejectRequest
+    | AbortRequest
+    | StartProbe
+    | CancelProbe
+    | ForgetServer
+    | RecordDecision
+)

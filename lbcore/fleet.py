@@ -1,0 +1,285 @@
+"""The servers: health, reliability, probes and what they hold. Owned, and only ever called, by the balancer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lbcore.catalog import known_names
+from lbcore.commands import CancelProbe, Command, Decision, ForgetServer, RecordDecision, StartProbe
+from lbcore.config import Config, ServerSettings
+from lbcore.events import ModelsSynced, ProbeCompleted, Reason
+from lbcore.health import ALIVE_FROM, after_failure, after_success, distrust_ns, next_probe_pause_ns
+from lbcore.ollama import RequestKind, canonical_model
+from lbcore.records import Attempt, Failure, ModelStats, Server
+from lbcore.states import (
+    Reliability,
+    ReliabilityInput,
+    ServerInput,
+    ServerState,
+    step_reliability,
+    step_server,
+)
+from lbcore.timers import TimerKind, Timers
+
+
+class Fleet:
+    """All servers by id, in the order they were named."""
+
+    def __init__(self, config: Config, timers: Timers, out: list[Command]) -> None:
+        self._config = config
+        self._timers = timers
+        self._out = out
+        self._last_server_id = 0
+        self._last_probe_id = 0
+        self.servers: dict[int, Server] = {}
+        self.stats: dict[str, ModelStats] = {}
+        self.version = 0  # changes whenever the catalog does, so that answers made of it can be kept until then
+        for settings in config.servers:
+            self._new_server(settings, 0)
+
+    def __iter__(self) -> Iterator[Server]:
+        return iter(self.servers.values())
+
+    def by_name(self, name: str) -> Server | None:
+        """Return the server called `name`."""
+        return next((server for server in self if server.name == name), None)
+
+    # --- coming and going ----------------------------------------------------------------------------------
+
+    def add(self, settings: ServerSettings, now_ns: int) -> Server:
+        """Take a server in. It is dead until its first probe has ended well, and is probed at once."""
+        server = self._new_server(settings, now_ns)
+        self._record(Decision.SERVER_ADDED, server, f"added as {settings.url}")
+        self.probe_now(server, now_ns)
+        return server
+
+    def _new_server(self, settings: ServerSettings, now_ns: int) -> Server:
+        self._last_server_id += 1
+        server = Server(self._last_server_id, settings)
+        self.servers[server.id] = server
+        self._timers.arm(TimerKind.PROBE, server.id, now_ns)
+        return server
+
+    def drain(self, server: Server) -> None:
+        """Choose the server no more; it is forgotten once nothing is in flight on it."""
+        if self._step(server, ServerInput.DRAIN):
+            self._record(Decision.SERVER_DRAINING, server, f"{server.in_flight} in flight")
+            self._cancel_probe(server)
+            self._timers.cancel(TimerKind.PROBE, server.id)
+            self.version += 1
+            self.forget_if_drained(server)
+
+    def forget_if_drained(self, server: Server) -> None:
+        """Forget a draining server with nothing in flight."""
+        if server.state is ServerState.DRAINING and server.in_flight == 0 and server.id in self.servers:
+            del self.servers[server.id]
+            self._out.append(ForgetServer(server.id))
+            self._record(Decision.SERVER_GONE, server, "drained")
+
+    # --- health --------------------------------------------------------------------------------------------
+
+    def succeed(self, server: Server, now_ns: int, why: str, *, fastest: bool = False) -> None:
+        """Raise a server's health."""
+        self._set_health(server, after_success(server.health, self._config.health, fastest=fastest), now_ns, why)
+
+    def fail(self, server: Server, failure: Failure, now_ns: int) -> None:
+        """Lower a server's health, and look at once what is the matter with it."""
+        self._note_error(server, str(failure), now_ns)
+        self._set_health(server, after_failure(server.health, self._config.health), now_ns, str(failure))
+        self.probe_now(server, now_ns)
+
+    def _note_error(self, server: Server, text: str, now_ns: int) -> None:
+        server.last_error, server.last_error_ns = text, now_ns
+
+    def _set_health(self, server: Server, value: float, now_ns: int, why: str) -> None:
+        before, server.health = server.health, value
+        if value != before:
+            self._out.append(
+                RecordDecision(
+                    Decision.HEALTH, server=server.name, why=why, before=f"{before:.2f}", after=f"{value:.2f}"
+                )
+            )
+        if value >= ALIVE_FROM:
+            if self._step(server, ServerInput.REVIVE):
+                server.probe_failures = server.probe_pause_ns = 0
+                server.died_ns = None
+                self.version += 1
+        elif self._step(server, ServerInput.DIE):
+            server.died_ns = now_ns
+            self.version += 1
+
+    def _step(self, server: Server, given: ServerInput) -> bool:
+        following = step_server(server.state, given)
+        if following is None:
+            return False
+        server.state = following
+        return True
+
+    # --- reliability and doubt -----------------------------------------------------------------------------
+
+    def note_reliability(self, server: Server, given: ReliabilityInput, now_ns: int, why: str) -> None:
+        """Step a server's reliability record."""
+        if given is ReliabilityInput.BROKE:
+            server.breaks += 1
+            server.trusted_from_ns = now_ns + distrust_ns(server.breaks, self._config.health)
+        before, server.reliability = server.reliability, step_reliability(server.reliability, given)
+        if server.reliability is Reliability.RELIABLE:
+            server.breaks = 0
+        if server.reliability is not before:
+            self._out.append(
+                RecordDecision(
+                    Decision.RELIABILITY, server=server.name, why=why, before=before, after=server.reliability
+                )
+            )
+
+    def note_loss(self, loser: Attempt, winner: Attempt, now_ns: int) -> None:
+        """Take a lost race without a byte as evidence (design: a lower bound of the loser's first-token time).
+
+        Winner and loser had the same prompt, so the bound is the winner's usual time, scaled by how much longer the
+        loser was given: a long prompt does not make a server look slow.
+        """
+        server = loser.server
+        server.losses += 1
+        if loser.target is not None and winner.target is not None and winner.target.ttft_ns and not loser.cold:
+            winner_ns = max(1, (winner.first_token_ns or now_ns) - winner.started_ns)
+            loser.target.raise_floor(winner.target.ttft_ns * (now_ns - loser.started_ns) // winner_ns, now_ns)
+        if server.losses >= self._config.health.losses_max and not server.doubted:
+            server.doubted = True
+            self._record(
+                Decision.DOUBTED,
+                server,
+                f"{server.losses} races lost in a row without a byte: probed, and not chosen alone",
+            )
+            self.probe_now(server, now_ns)
+
+    def note_first_token(self, attempt: Attempt, now_ns: int) -> None:
+        """A server has answered: it is not doubted any more, and its model is loaded."""
+        server, target = attempt.server, attempt.target
+        server.losses = 0
+        server.doubted = False
+        if target is None:
+            return
+        took_ns = now_ns - attempt.started_ns
+        if attempt.cold:
+            if attempt.loader and (attempt.request.stream or attempt.request.kind is RequestKind.LOAD):
+                target.load_ns = float(took_ns) if target.load_ns is None else (target.load_ns + took_ns) / 2
+            self.probe_now(server, now_ns)  # /api/ps lists it from now on
+        elif attempt.request.stream:
+            target.note_first_token(took_ns, now_ns)
+        target.loaded = True
+        target.runner_key = attempt.request.runner_key
+
+    # --- models --------------------------------------------------------------------------------------------
+
+    def model_stats(self, model: str) -> ModelStats:
+        """Return what is known of a model over the fleet, new if need be."""
+        stats = self.stats.get(model)
+        if stats is None:
+            stats = self.stats[model] = ModelStats()
+        return stats
+
+    def lacks(self, server: Server, model: str, now_ns: int) -> None:
+        """A server said that it does not have a model: correct the catalog, and read it anew."""
+        record = server.model(model)
+        record.available = record.active = None
+        record.loaded = False
+        self.version += 1
+        self.probe_now(server, now_ns)
+
+    def unloaded(self, server: Server, model: str, now_ns: int) -> None:
+        """A server has dropped a model from memory."""
+        record = server.model(model)
+        record.active = record.runner_key = None
+        record.loaded = False
+        self.version += 1
+        self.probe_now(server, now_ns)
+
+    def _sync_models(self, server: Server, event: ModelsSynced) -> None:
+        available = known_names(event.available)
+        active = {canonical_model(model.name): model for model in event.active}
+        for name in (*available, *active):
+            server.model(name)
+        for name, record in list(server.models.items()):
+            record.available = available.get(name)
+            record.active = active.get(name)
+            answering = record.in_flight > record.loading  # loaded for sure, whatever /api/ps said a moment ago
+            record.loaded = record.active is not None or (record.loaded and answering)
+            if not record.loaded:
+                record.runner_key = None
+            if not (record.available or record.loaded or record.in_flight):
+                del server.models[name]
+        self.version += 1
+
+    # --- probes --------------------------------------------------------------------------------------------
+
+    def probe_now(self, server: Server, now_ns: int) -> None:
+        """Probe a server now, unless that is under way or it is leaving."""
+        if server.probe_id == 0 and server.state is not ServerState.DRAINING:
+            self._last_probe_id += 1
+            server.probe_id = self._last_probe_id
+            self._timers.arm(TimerKind.PROBE, server.id, now_ns + self._config.probe.timeout_ns)
+            self._out.append(StartProbe(server.id, server.probe_id))
+
+    def on_probe_timer(self, server_id: int, now_ns: int) -> Server | None:
+        """Start the probe that is due, or give up the one under way; returns the server then."""
+        server = self.servers.get(server_id)
+        if server is None:
+            return None
+        if server.probe_id == 0:
+            self.probe_now(server, now_ns)
+            return None
+        probe_id = server.probe_id
+        self._cancel_probe(server)
+        self._probe_failed(server, probe_id, Reason.PROBE_TIMEOUT, "", now_ns)
+        return server
+
+    def _cancel_probe(self, server: Server) -> None:
+        if server.probe_id:
+            self._out.append(CancelProbe(server.id, server.probe_id))
+            server.probe_id = 0
+
+    def on_probe_completed(self, event: ProbeCompleted, now_ns: int) -> Server | None:
+        """Take the end of a probe; None when it is not the one awaited."""
+        server = self.servers.get(event.server_id)
+        if server is None or server.probe_id != event.probe_id:
+            return None
+        server.probe_id = 0
+        if event.reason is not None:
+            self._probe_failed(server, event.probe_id, event.reason, event.detail, now_ns)
+            return server
+        server.version = event.version
+        server.probe_failures = server.probe_pause_ns = 0
+        self._timers.arm(TimerKind.PROBE, server.id, now_ns + self._config.probe.interval_ns)
+        return server
+
+    def _probe_failed(self, server: Server, probe_id: int, reason: Reason, detail: str, now_ns: int) -> None:
+        server.probe_failures += 1
+        failure = Failure(server.name, reason, 0, detail)
+        why = f"probe {probe_id} failed: {failure}"
+        self._note_error(server, f"probe: {failure}", now_ns)
+        if server.is_alive:
+            fallen = server.probe_failures >= self._config.probe.fall
+            value = min(after_failure(server.health, self._config.health), ALIVE_FROM / 2 if fallen else server.health)
+            self._set_health(server, value, now_ns, why)
+        probe = self._config.probe
+        server.probe_pause_ns = next_probe_pause_ns(
+            server.probe_pause_ns, probe.interval_dead_ns, probe.interval_dead_max_ns
+        )
+        self._timers.arm(TimerKind.PROBE, server.id, now_ns + server.probe_pause_ns)
+
+    def on_models_synced(self, event: ModelsSynced, now_ns: int) -> Server | None:
+        """Take what a server holds. A dead server is revived at 1.0; a health that was earned is left alone."""
+        server = self.servers.get(event.server_id)
+        if server is None or server.state is ServerState.DRAINING:
+            return None
+        first = server.last_sync_ns is None
+        server.last_sync_ns = now_ns
+        self._sync_models(server, event)
+        if not server.is_alive:
+            self._set_health(server, ALIVE_FROM, now_ns, "synced" if first else "synced again")
+        if first:
+            self._record(Decision.SYNCED, server, f"{len(event.available)} models, {len(event.active)} loaded")
+        return server
+
+    def _record(self, decision: Decision, server: Server, why: str) -> None:
+        self._out.append(RecordDecision(decision, server=server.name, why=why))

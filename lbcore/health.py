@@ -1,0 +1,95 @@
+"""The health value, the reliability record, and who is to blame (pure; design §6, §7.14)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+from lbcore.config import HealthSettings
+from lbcore.events import Reason
+from lbcore.schema import SECOND_NS
+
+ALIVE_FROM = 1.0
+"""A server whose health is below this is dead; a revived one starts here."""
+
+_BREAKS_MAX = 5  # the pause of an unreliable server doubles this often at most: 32 times the first
+
+
+class Blame(Enum):
+    """What a failed attempt does to the health of its server."""
+
+    NONE = "nothing: the client's fault, or nobody's"
+    CONTRAST = "a failure, once another server has answered the same request well"
+    AT_ONCE = "a failure"
+
+
+BLAME: Mapping[Reason, Blame] = {
+    Reason.CONNECT_REFUSED: Blame.AT_ONCE,
+    Reason.CONNECT_FAILED: Blame.AT_ONCE,
+    Reason.CONNECT_TIMEOUT: Blame.AT_ONCE,
+    Reason.TLS_FAILED: Blame.AT_ONCE,
+    Reason.RESET: Blame.AT_ONCE,
+    Reason.GARBAGE: Blame.AT_ONCE,
+    Reason.CLIENT_ERROR: Blame.NONE,
+    Reason.ELSEWHERE: Blame.NONE,
+    Reason.MODEL_NOT_FOUND: Blame.NONE,
+    Reason.BUSY: Blame.NONE,
+    Reason.SERVER_ERROR: Blame.CONTRAST,
+    Reason.FIRST_TOKEN_TIMEOUT: Blame.AT_ONCE,
+    Reason.SILENCE_TIMEOUT: Blame.AT_ONCE,
+    Reason.ANSWER_TIMEOUT: Blame.AT_ONCE,
+    Reason.PROBE_TIMEOUT: Blame.AT_ONCE,
+    Reason.ERROR_LINE: Blame.CONTRAST,
+    Reason.TRUNCATED: Blame.AT_ONCE,
+    Reason.LOST_RACE: Blame.NONE,
+    Reason.CLIENT_LEFT: Blame.NONE,
+    Reason.DRAINED: Blame.NONE,
+}
+
+TIMEOUTS = frozenset(
+    {Reason.CONNECT_TIMEOUT, Reason.FIRST_TOKEN_TIMEOUT, Reason.SILENCE_TIMEOUT, Reason.ANSWER_TIMEOUT}
+)
+"""Failures that make a request end with 504 when there were no others."""
+
+UNDONE = frozenset(
+    {
+        Reason.CONNECT_REFUSED,
+        Reason.CONNECT_FAILED,
+        Reason.CONNECT_TIMEOUT,
+        Reason.TLS_FAILED,
+        Reason.ELSEWHERE,
+        Reason.MODEL_NOT_FOUND,
+        Reason.BUSY,
+    }
+)
+"""Failures after which the server has surely done nothing: even a request that changes something may be sent again."""
+
+
+def after_success(value: float, settings: HealthSettings, *, fastest: bool) -> float:
+    """Return a server's health after it served a request well; a dead one is revived at 1.0."""
+    if value < ALIVE_FROM:
+        return ALIVE_FROM
+    return min(settings.value_max, value + (settings.fastest if fastest else settings.success))
+
+
+def after_failure(value: float, settings: HealthSettings) -> float:
+    """Return a server's health after a failure."""
+    return value / settings.failure_divisor
+
+
+def distrust_ns(breaks: int, settings: HealthSettings) -> int:
+    """Return how long a server is passed over after its `breaks`-th broken stream in a row, ns.
+
+    Doubling ejection times are Envoy's outlier detection; that a second chance comes at all is the original's.
+    """
+    return settings.second_chance_ns << min(max(breaks - 1, 0), _BREAKS_MAX)
+
+
+def next_probe_pause_ns(pause_ns: int, first_ns: int, longest_ns: int) -> int:
+    """Return the pause before the next probe of a dead server: doubles from `first_ns` to `longest_ns`."""
+    return min(longest_ns, max(first_ns, 2 * pause_ns))
+
+
+def retry_after_s(wait_ns: int) -> int:
+    """Return a `Retry-After` of at least one second."""
+    return max(1, -(-wait_ns // SECOND_NS))

@@ -1,0 +1,146 @@
+"""Requests and attempts under way. Every change of their state, and every count that follows from it, is made here."""
+
+from __future__ import annotations
+
+from lbcore.admission import AdmissionQueue, RetryBudget
+from lbcore.commands import AttemptKind, CancelAttempt, Command, Decision, RecordDecision, StartAttempt
+from lbcore.config import Config
+from lbcore.events import Reason
+from lbcore.fleet import Fleet
+from lbcore.records import Attempt, Request, Server
+from lbcore.states import (
+    REQUEST_ENDS,
+    AttemptInput,
+    ReliabilityInput,
+    RequestInput,
+    RequestState,
+    step_attempt,
+    step_request,
+)
+from lbcore.timers import TimerKind, Timers
+
+
+class Ledger:
+    """What is under way, by id."""
+
+    def __init__(self, config: Config, fleet: Fleet, timers: Timers, out: list[Command]) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._timers = timers
+        self._out = out
+        self._last_attempt_id = 0
+        self.requests: dict[int, Request] = {}
+        self.attempts: dict[int, Attempt] = {}
+        self.queue = AdmissionQueue(config.queue.length_max)
+        self.retry_budget = RetryBudget(config.retry)
+        self.room_made = False  # an attempt has ended since this was last reset
+        self.late_events = 0  # events for what is over: harmless, but counted
+        self.wasted_tokens = 0  # seen from attempts that were not delivered
+
+    # --- attempts ------------------------------------------------------------------------------------------
+
+    def start(self, request: Request, server: Server, kind: AttemptKind, now_ns: int) -> Attempt:
+        """Start an attempt."""
+        self._last_attempt_id += 1
+        attempt = Attempt(self._last_attempt_id, request, server, kind, now_ns)
+        request.attempts.append(attempt)
+        self.attempts[attempt.id] = attempt
+        server.in_flight += 1
+        if attempt.target is not None:
+            attempt.target.in_flight += 1
+            attempt.target.loading += attempt.cold
+        self.retry_budget.under_way += kind is AttemptKind.RETRY
+        if request.state is RequestState.QUEUED:
+            self._timers.cancel(TimerKind.QUEUE, request.id)
+            self.step(request, RequestInput.START)
+        self._fleet.note_reliability(server, ReliabilityInput.CHOSEN, now_ns, "chosen again")
+        self._timers.arm(TimerKind.ATTEMPT, attempt.id, now_ns + self._config.timeouts.connect_ns)
+        self._out.append(StartAttempt(request.id, attempt.id, server.id, kind))
+        return attempt
+
+    def advance(self, attempt_id: int, given: AttemptInput) -> Attempt | None:
+        """Step an attempt; None, and counted as late, when the input means nothing to it."""
+        attempt = self.attempts.get(attempt_id)
+        following = step_attempt(attempt.state, given) if attempt is not None else None
+        if attempt is None or following is None:
+            self.late_events += 1
+            return None
+        attempt.state = following
+        return attempt
+
+    def mark_first_token(self, attempt: Attempt, now_ns: int) -> None:
+        """Note when the answer began; its model is loaded from now on."""
+        attempt.first_token_ns = attempt.last_chunk_ns = now_ns
+        self._fleet.note_first_token(attempt, now_ns)
+        if attempt.target is not None:
+            attempt.target.loading -= attempt.cold
+
+    def release(self, attempt: Attempt) -> None:
+        """Give back what an ended attempt held."""
+        del self.attempts[attempt.id]
+        self._timers.cancel(TimerKind.ATTEMPT, attempt.id)
+        attempt.server.in_flight -= 1
+        if attempt.target is not None:
+            attempt.target.in_flight -= 1
+            if attempt.first_token_ns is None:
+                attempt.target.loading -= attempt.cold
+        self.retry_budget.under_way -= attempt.kind is AttemptKind.RETRY
+        self.room_made = True
+        if attempt.request.committed is not attempt:
+            self.wasted_tokens += attempt.n_tokens
+        self._fleet.forget_if_drained(attempt.server)
+
+    def cancel(self, attempt: Attempt, reason: Reason, why: str, now_ns: int) -> None:
+        """Cancel an attempt that is not needed any more."""
+        if self.advance(attempt.id, AttemptInput.CANCEL) is not None:
+            self._out.append(CancelAttempt(attempt.id, reason))
+            self.record(
+                Decision.CANCELLED,
+                attempt.request,
+                why,
+                server=attempt.server.name,
+                took_ns=now_ns - attempt.started_ns,
+            )
+            self.release(attempt)
+
+    def cancel_all(self, request: Request, reason: Reason, now_ns: int) -> None:
+        """Cancel whatever still runs for a request."""
+        for attempt in request.live_attempts:
+            self.cancel(attempt, reason, reason, now_ns)
+
+    # --- requests ------------------------------------------------------------------------------------------
+
+    def step(self, request: Request, given: RequestInput) -> None:
+        """Step a request. Its inputs come from the balancer alone, so one that does not fit is a defect."""
+        following = step_request(request.state, given)
+        assert following is not None, (request, given)  # noqa: S101
+        request.state = following
+        assert following not in REQUEST_ENDS or not request.live_attempts, request  # noqa: S101
+
+    def disarm(self, request: Request) -> None:
+        """Drop the timers of a request."""
+        for kind in (TimerKind.HEDGE, TimerKind.MEASURE, TimerKind.QUEUE):
+            self._timers.cancel(kind, request.id)
+
+    def end(
+        self, request: Request, given: RequestInput, decision: Decision, why: str, now_ns: int, *, server: str = ""
+    ) -> None:
+        """End a request: this is its one outcome."""
+        self.step(request, given)
+        self.disarm(request)
+        self.queue.remove(request)
+        del self.requests[request.id]
+        self.record(decision, request, why, server=server, took_ns=now_ns - request.arrived_ns)
+
+    def record(
+        self,
+        decision: Decision,
+        request: Request,
+        why: str,
+        *,
+        server: str = "",
+        took_ns: int = 0,
+        names: tuple[str, ...] = (),
+    ) -> None:
+        """Tell of a decision about a request."""
+        self._out.append(RecordDecision(decision, request.id, server, why, took_ns=took_ns, names=names))

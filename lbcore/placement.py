@@ -1,0 +1,133 @@
+"""Where the attempts of a request go: first, beside it, after a hedge delay, after a failure.
+
+Reads the fleet and changes none of it; what it keeps are its random generators and the race budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+from lbcore import selection
+from lbcore.admission import RaceBudget
+from lbcore.config import Config, Strategy
+from lbcore.fleet import Fleet
+from lbcore.ollama import RequestKind
+from lbcore.records import Request, Server
+from lbcore.states import ServerState
+
+_MANY = frozenset({Strategy.RACE, Strategy.HEDGE})
+
+
+class Placement:
+    """Chooses servers for attempts."""
+
+    def __init__(self, config: Config, fleet: Fleet, rng: Random) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._rng = Random(rng.getrandbits(64))
+        self._resurrect_rng = Random(rng.getrandbits(64))
+        self.race_budget = RaceBudget(config.race)
+
+    def order(self, candidates: Sequence[Server], request: Request, now_ns: int) -> list[Server]:
+        """Return the candidates, the one to ask first in front."""
+        return selection.order(candidates, request, self._config, self._rng, now_ns)
+
+    def first(self, request: Request, candidates: Sequence[Server], now_ns: int) -> list[Server]:
+        """Return who gets the request at once: the primary, then its racers."""
+        ordered = self.order(candidates, request, now_ns)
+        if request.kind is not RequestKind.GENERATE or request.route.strategy not in _MANY:
+            return ordered[:1]
+        extra = self._racers(request, ordered, now_ns)
+        if not extra and ordered[0].doubted:
+            extra = _companion(request, ordered)
+        return [ordered[0], *extra]
+
+    def _racers(self, request: Request, ordered: Sequence[Server], now_ns: int) -> list[Server]:
+        """Return the extra racers.
+
+        `racers_min` whatever it costs; the rest only where the model is loaded and a slot is idle, while the model's
+        slots are little used and the race budget lasts (design §5).
+        """
+        route = request.route
+        if route.racers_max < 2:
+            return []
+        extra = list(ordered[1 : route.racers_min])
+        if self._utilisation(request) <= self._config.race.utilisation_max:
+            for server in ordered[max(1, route.racers_min) :]:
+                if len(extra) + 1 >= route.racers_max:
+                    break
+                if _is_trusted_and_ready(server, request, now_ns) and self.race_budget.spend():
+                    extra.append(server)
+        if self._resurrect_rng.random() < self._config.health.resurrect:
+            extra = self._resurrect(request, ordered, extra)
+        return extra
+
+    def _resurrect(self, request: Request, ordered: Sequence[Server], extra: Sequence[Server]) -> list[Server]:
+        """Give one racer's place to a server that is dead or doubted, to find out whether it still is."""
+        outcasts = [
+            s
+            for s in self._fleet
+            if s is not ordered[0]
+            and s not in extra
+            and (s.doubted or s.state is ServerState.DEAD)
+            and request.model is not None
+            and s.has(request.model)
+        ]
+        if not outcasts:
+            return list(extra)
+        chosen = outcasts[self._resurrect_rng.randrange(len(outcasts))]
+        return [*extra[: max(0, request.route.racers_max - 2)], chosen]
+
+    def _utilisation(self, request: Request) -> float:
+        """Return the share of this model's slots that are in use on live servers that have it loaded."""
+        busy = slots = 0
+        for server in self._fleet:
+            record = server.models.get(request.model or "")
+            if server.is_alive and record is not None and record.loaded:
+                slots += server.settings.slots
+                busy += min(record.in_flight, server.settings.slots)
+        return busy / slots if slots else 0.0
+
+    def hedge(self, request: Request, now_ns: int) -> Server | None:
+        """Return one more server to ask.
+
+        One without an idle slot, and outside the race budget, only when every server asked so far is dead or in doubt.
+        """
+        candidates = [s for s in selection.eligible(self._fleet, request) if selection.has_room(s, request)]
+        hopeless = all(not a.server.is_alive or a.server.doubted for a in request.live_attempts)
+        usable = [s for s in candidates if selection.is_ready(s, request)] or (candidates if hopeless else [])
+        if not usable or not (hopeless or self.race_budget.spend()):
+            return None
+        return self.order(usable, request, now_ns)[0]
+
+    def next_after_failure(self, request: Request, now_ns: int) -> Server | None:
+        """Return the next server that could answer, a full one or a dead one if there is no better."""
+        candidates = selection.eligible(self._fleet, request)
+        usable = [s for s in candidates if selection.has_room(s, request)] or candidates or self._dead(request)
+        return self.order(usable, request, now_ns)[0] if usable else None
+
+    def last_resort(self, request: Request, now_ns: int) -> Server | None:
+        """Return a dead server that had what is needed when it was last read."""
+        dead = self._dead(request)
+        return self.order(dead, request, now_ns)[0] if dead else None
+
+    def _dead(self, request: Request) -> list[Server]:
+        return [
+            s
+            for s in self._fleet
+            if s.state is ServerState.DEAD
+            and s.last_sync_ns is not None
+            and not request.has_tried(s)
+            and (request.model is None or s.has(request.model))
+        ]
+
+
+def _is_trusted_and_ready(server: Server, request: Request, now_ns: int) -> bool:
+    return selection.is_ready(server, request) and not server.doubted and not selection.is_passed_over(server, now_ns)
+
+
+def _companion(request: Request, ordered: Sequence[Server]) -> list[Server]:
+    """Return one more server, so that a doubted one is not alone."""
+    ready = [server for server in ordered[1:] if selection.is_ready(server, request)]
+    return ready[:1] or list(ordered[1:2])

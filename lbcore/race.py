@@ -1,0 +1,72 @@
+"""Decisions about one request's attempts: who wins, how many run, what to say when none could (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lbcore.config import RaceSettings, Winner
+from lbcore.health import TIMEOUTS
+from lbcore.records import Attempt, Failure, ModelStats, Request
+from lbcore.states import AttemptState
+
+
+def rule_of(request: Request) -> Winner:
+    """Return the winner rule in force: an answer that is not streamed has no first token to go by."""
+    return request.route.winner if request.stream else Winner.FIRST_FINISH
+
+
+def winner_now(request: Request, *, window_over: bool = False) -> Attempt | None:
+    """Return the attempt to commit now, or None to wait.
+
+    An answer that is complete, or of which no more can be held, ends every wait. The last attempt left is committed
+    at its first token whatever the rule: there is nothing to wait for.
+    """
+    runners = [
+        a
+        for a in request.attempts
+        if a.first_token_ns is not None
+        and not a.detached
+        and a.state in {AttemptState.STREAMING, AttemptState.SUCCEEDED}
+    ]
+    if not runners:
+        return None
+    for attempt in runners:
+        if attempt.state is AttemptState.SUCCEEDED or attempt.full:
+            return attempt
+    rule = rule_of(request)
+    if rule is Winner.FIRST_TOKEN:
+        return min(runners, key=_first_token)
+    alone = request.stream and len(request.live_attempts) == 1
+    if rule is Winner.MOST_TOKENS and (window_over or alone):
+        return min(runners, key=_fewest_tokens_last)
+    return runners[0] if alone else None
+
+
+def _first_token(attempt: Attempt) -> tuple[int, int]:
+    return attempt.first_token_ns or 0, attempt.id
+
+
+def _fewest_tokens_last(attempt: Attempt) -> tuple[int, int, int]:
+    return -attempt.n_tokens, attempt.first_token_ns or 0, attempt.id
+
+
+def hedge_delay_ns(stats: ModelStats | None, settings: RaceSettings, *, stream: bool) -> int:
+    """Return how long to wait for a first token (a whole answer, when not streamed) before asking one more server, ns.
+
+    The p95 of the model's recent times bounds the extra work to about 5 % (Dean & Barroso, The Tail at Scale, 2013).
+    """
+    if not stream:
+        return (stats.answer.p95 if stats is not None else None) or settings.hedge_delay_max_ns
+    p95_ns = stats.first_token.p95 if stats is not None else None
+    return min(max(p95_ns or settings.hedge_delay_initial_ns, settings.hedge_delay_min_ns), settings.hedge_delay_max_ns)
+
+
+def closing_status(failures: Sequence[Failure]) -> int:
+    """Return the status for a request that no server answered: 504 when all of them timed out, else 502."""
+    return 504 if failures and all(failure.reason in TIMEOUTS for failure in failures) else 502
+
+
+def closing_message(request: Request) -> str:
+    """Return the error that names what happened on each server."""
+    what = "; ".join(str(failure) for failure in request.failures)
+    return f"no server could answer: {what}" if what else "no server could answer"

@@ -1,0 +1,311 @@
+"""The records of requests, attempts and servers. Only the balancer (and the fleet it owns) changes them."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from lbcore.commands import AttemptKind
+from lbcore.config import RouteSettings, ServerSettings
+from lbcore.events import ActiveModel, ModelInfo, Reason, RequestArrived
+from lbcore.schema import MS_NS, SECOND_NS
+from lbcore.states import ATTEMPT_ENDS, AttemptState, Reliability, RequestState, ServerState
+
+TTFT_UNKNOWN_NS = 500 * MS_NS
+"""First-token time assumed of a model nobody has used yet; only its ratio to the two below matters."""
+LOAD_UNKNOWN_NS = 10 * SECOND_NS
+"""Load time assumed before one was seen: a few GB from an SSD."""
+SERVICE_UNKNOWN_NS = 5 * SECOND_NS
+"""Time a slot is taken by one request, assumed before one was seen."""
+
+_SMOOTHING = 0.3
+_MEDIAN_OF = 5
+_RECENT = 100
+_RECOMPUTE_EVERY = 8
+
+
+def smooth(old: float | None, sample: float) -> float:
+    """Return the exponentially weighted mean of `old` and `sample`."""
+    return sample if old is None else old + _SMOOTHING * (sample - old)
+
+
+class Quantile:
+    """The p95 of the last 100 samples, recomputed every 8th."""
+
+    __slots__ = ("_p95", "_samples", "_since")
+
+    def __init__(self) -> None:
+        self._samples: deque[int] = deque(maxlen=_RECENT)
+        self._since = 0
+        self._p95: int | None = None
+
+    def add(self, sample_ns: int) -> None:
+        """Take one more sample."""
+        self._samples.append(sample_ns)
+        self._since += 1
+        if self._since >= _RECOMPUTE_EVERY:
+            self._since = 0
+            ordered = sorted(self._samples)
+            self._p95 = ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)]
+
+    @property
+    def p95(self) -> int | None:
+        """The p95, or None before there were 8 samples."""
+        return self._p95
+
+
+@dataclass(slots=True)
+class ModelStats:
+    """What is known of one model over the whole fleet."""
+
+    first_token: Quantile = field(default_factory=Quantile)
+    answer: Quantile = field(default_factory=Quantile)
+
+
+class ServerModel:
+    """One model on one server: what is on disk and loaded, our requests to it, and how fast it is."""
+
+    __slots__ = (
+        "active",
+        "available",
+        "floor_ns",
+        "in_flight",
+        "load_ns",
+        "loaded",
+        "loading",
+        "runner_key",
+        "seen_ns",
+        "service_ns",
+        "token_rate",
+        "ttft_ns",
+        "ttft_samples",
+    )
+
+    def __init__(self) -> None:
+        self.available: ModelInfo | None = None
+        self.active: ActiveModel | None = None  # as /api/ps last said
+        self.loaded = False  # /api/ps said so, or it has just answered us
+        self.runner_key: str | None = None  # runner options it was loaded with by us; None: unknown
+        self.in_flight = 0
+        self.loading = 0  # our attempts that wait for it to be loaded
+        self.ttft_samples: deque[int] = deque(maxlen=_MEDIAN_OF)
+        self.ttft_ns: int | None = None  # median of the last 5, so that one long prompt does not count
+        self.floor_ns = 0  # lower bound from lost races
+        self.seen_ns = 0  # when the two above last changed
+        self.load_ns: float | None = None
+        self.service_ns: float | None = None
+        self.token_rate: float | None = None  # tokens/s
+
+    def is_warm(self, runner_key: str) -> bool:
+        """Tell whether a request with these runner options finds its runner loaded."""
+        return self.loaded and (self.runner_key is None or self.runner_key == runner_key)
+
+    def note_first_token(self, sample_ns: int, now_ns: int) -> None:
+        """Take a measured first-token time; measured beats inferred, so the floor is dropped."""
+        self.ttft_samples.append(sample_ns)
+        ordered = sorted(self.ttft_samples)
+        self.ttft_ns = ordered[len(ordered) // 2]
+        self.floor_ns = 0
+        self.seen_ns = now_ns
+
+    def raise_floor(self, floor_ns: int, now_ns: int) -> None:
+        """Take a lower bound of the first-token time; it can only raise the estimate."""
+        self.floor_ns = max(self.floor_ns, floor_ns)
+        self.seen_ns = now_ns
+
+
+class Server:
+    """One Ollama server."""
+
+    __slots__ = (
+        "breaks",
+        "died_ns",
+        "doubted",
+        "health",
+        "id",
+        "in_flight",
+        "last_error",
+        "last_error_ns",
+        "last_sync_ns",
+        "losses",
+        "models",
+        "name",
+        "probe_failures",
+        "probe_id",
+        "probe_pause_ns",
+        "reliability",
+        "settings",
+        "state",
+        "trusted_from_ns",
+        "version",
+    )
+
+    def __init__(self, server_id: int, settings: ServerSettings) -> None:
+        self.id = server_id
+        self.name = settings.name
+        self.settings = settings
+        self.state = ServerState.DEAD
+        self.health = 0.0
+        self.reliability = Reliability.RELIABLE
+        self.trusted_from_ns = 0  # while UNRELIABLE: passed over until then
+        self.breaks = 0  # streams broken in a row
+        self.losses = 0  # races lost in a row without a byte
+        self.doubted = False
+        self.models: dict[str, ServerModel] = {}
+        self.in_flight = 0
+        self.version = ""
+        self.probe_id = 0  # the probe under way, 0: none
+        self.probe_failures = 0
+        self.probe_pause_ns = 0
+        self.last_sync_ns: int | None = None
+        self.last_error = ""
+        self.last_error_ns: int | None = None
+        self.died_ns: int | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<Server {self.name} {self.state} health={self.health:.1f} {self.reliability} in_flight={self.in_flight}"
+            f"{' doubted' if self.doubted else ''}>"
+        )
+
+    @property
+    def is_alive(self) -> bool:
+        """Healthy: may be chosen."""
+        return self.state is ServerState.HEALTHY
+
+    def has(self, model: str) -> bool:
+        """Tell whether the model (canonical name) is on this server's disk, as far as is known."""
+        record = self.models.get(model)
+        return record is not None and (record.available is not None or record.loaded)
+
+    def model(self, model: str) -> ServerModel:
+        """Return the record of a model, new if need be."""
+        record = self.models.get(model)
+        if record is None:
+            record = self.models[model] = ServerModel()
+        return record
+
+
+class Attempt:
+    """One try to get a request answered by one server."""
+
+    __slots__ = (
+        "answered",
+        "cold",
+        "detached",
+        "first_token_ns",
+        "full",
+        "id",
+        "kind",
+        "last_chunk_ns",
+        "loader",
+        "n_bytes",
+        "n_tokens",
+        "paused",
+        "request",
+        "server",
+        "started_ns",
+        "state",
+        "target",
+    )
+
+    def __init__(self, attempt_id: int, request: Request, server: Server, kind: AttemptKind, now_ns: int) -> None:
+        self.id = attempt_id
+        self.request = request
+        self.server = server
+        self.kind = kind
+        self.state = AttemptState.CONNECTING
+        self.target: ServerModel | None = server.model(request.model) if request.model and request.generates else None
+        self.cold = self.target is not None and not self.target.is_warm(request.runner_key)
+        self.loader = (
+            self.cold and self.target is not None and self.target.loading == 0
+        )  # the one that makes Ollama load
+        self.detached = False  # lost its race, but goes on until the model is loaded
+        self.answered = False  # failed, but with a whole answer that could be passed on
+        self.full = False  # as much is held as may be
+        self.paused = False  # we do not read, since the client does not
+        self.started_ns = now_ns
+        self.first_token_ns: int | None = None
+        self.last_chunk_ns = now_ns
+        self.n_bytes = 0
+        self.n_tokens = 0
+
+    def __repr__(self) -> str:
+        where = f"of {self.request.id} on {self.server.name}"
+        return f"<Attempt {self.id} {self.kind} {where} {self.state} tokens={self.n_tokens}>"
+
+    @property
+    def is_live(self) -> bool:
+        """Not ended yet."""
+        return self.state not in ATTEMPT_ENDS
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What became of one attempt, for the error that names them all."""
+
+    server: str
+    reason: Reason
+    status: int
+    detail: str
+
+    def __str__(self) -> str:
+        status = f" {self.status}" if self.status else ""
+        return f"{self.server}: {self.reason}{status}{': ' if self.detail else ''}{self.detail}"
+
+
+class Request:
+    """One request of a client."""
+
+    __slots__ = (
+        "arrived_ns",
+        "attempts",
+        "awaits_sync",
+        "committed",
+        "event",
+        "failures",
+        "generates",
+        "hedge_delay_ns",
+        "hedges_left",
+        "id",
+        "kind",
+        "last_answered",
+        "model",
+        "route",
+        "runner_key",
+        "state",
+        "stream",
+        "suspects",
+    )
+
+    def __init__(self, event: RequestArrived, model: str | None, route: RouteSettings, now_ns: int) -> None:
+        self.id = event.request_id
+        self.event = event
+        self.model = model  # canonical
+        self.kind = event.kind
+        self.stream = event.stream
+        self.generates = event.generates
+        self.runner_key = event.runner_key
+        self.route = route
+        self.state = RequestState.QUEUED
+        self.arrived_ns = now_ns
+        self.attempts: list[Attempt] = []
+        self.committed: Attempt | None = None
+        self.failures: list[Failure] = []
+        self.suspects: list[tuple[Server, Failure]] = []  # 5xx, blamed once another server answers well
+        self.last_answered: Attempt | None = None
+        self.hedges_left = 0
+        self.hedge_delay_ns = 0
+        self.awaits_sync = False  # queued until probes have told whether any server has the model
+
+    def __repr__(self) -> str:
+        return f"<Request {self.id} {self.event.route} {self.model} {self.state} attempts={len(self.attempts)}>"
+
+    @property
+    def live_attempts(self) -> list[Attempt]:
+        """Attempts that may still answer this request."""
+        return [attempt for attempt in self.attempts if attempt.is_live and not attempt.detached]
+
+    def has_tried(self, server: Server) -> bool:
+        """Tell whether this server was asked already."""
+        return any(attempt.server is server for attempt in self.attempts)

@@ -1,0 +1,256 @@
+"""Events of requests: arrival, admission, the queue, hedges, retries, and every end but the good one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lbcore import race, selection
+from lbcore.commands import AbortRequest, AttemptKind, Command, Decision, PassAnswer, RejectRequest
+from lbcore.config import Config
+from lbcore.events import DownstreamClosed, DrainDeadlinePassed, Reason, RequestArrived
+from lbcore.fleet import Fleet
+from lbcore.health import retry_after_s
+from lbcore.ledger import Ledger
+from lbcore.ollama import RequestKind, canonical_model, model_not_found
+from lbcore.placement import Placement
+from lbcore.records import Request, Server
+from lbcore.schema import MS_NS, SECOND_NS
+from lbcore.states import RequestInput, RequestState
+from lbcore.timers import TimerKind, Timers
+
+SYNC_FRESH_NS = SECOND_NS
+"""A model nobody is known to have is asked for anew unless the servers were read this recently."""
+
+SERVER_BUSY = "server busy, please try again.  maximum pending requests exceeded"
+"""Ollama's own words (capture: chat_server_busy)."""
+
+
+class Requests:
+    """Decides what becomes of requests. Owned by the balancer."""
+
+    def __init__(
+        self, config: Config, fleet: Fleet, ledger: Ledger, placement: Placement, timers: Timers, out: list[Command]
+    ) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._ledger = ledger
+        self._placement = placement
+        self._timers = timers
+        self._out = out
+
+    def on_arrived(self, event: RequestArrived, now_ns: int) -> None:
+        """Start a request, let it wait, or refuse it."""
+        if event.request_id in self._ledger.requests:
+            self._ledger.late_events += 1
+            return
+        model = canonical_model(event.model) if event.model else None
+        request = Request(event, model, self._config.route(event.route), now_ns)
+        self._ledger.requests[request.id] = request
+        self._placement.race_budget.earn()
+        if not self._try_start(request, now_ns):
+            self._enqueue(request, now_ns)
+
+    def _try_start(self, request: Request, now_ns: int) -> bool:
+        """Start a request, or refuse it; False when it must wait."""
+        request.awaits_sync = False
+        if request.kind is RequestKind.UNLOAD and self._start_unload(request, now_ns):
+            return True
+        candidates = selection.eligible(self._fleet, request)
+        if candidates:
+            with_room = [server for server in candidates if selection.has_room(server, request)]
+            if not with_room:
+                return False
+            self._start_racing(request, with_room, now_ns)
+            return True
+        if self._sync_may_help(request, now_ns):
+            request.awaits_sync = True
+            return False
+        last_resort = self._placement.last_resort(request, now_ns)
+        if last_resort is not None:
+            self._ledger.start(request, last_resort, AttemptKind.PRIMARY, now_ns)
+            self._ledger.record(
+                Decision.STARTED, request, "no live server has it: a dead one is tried", names=(last_resort.name,)
+            )
+        elif request.model is not None and any(server.is_alive for server in self._fleet):
+            self._reject(request, 404, model_not_found(request.event.model or ""), now_ns)
+        else:
+            self._reject(
+                request,
+                502,
+                self._nobody_there(),
+                now_ns,
+                retry_after=retry_after_s(self._config.probe.interval_dead_ns),
+            )
+        return True
+
+    def _sync_may_help(self, request: Request, now_ns: int) -> bool:
+        """Read the servers anew when none is known to have what is needed; True while the answer is awaited.
+
+        What was read less than a second before the request came is good enough, so that requests for a model that
+        does not exist cannot flood the servers with probes.
+        """
+        awaited = False
+        for server in self._fleet:
+            if server.last_sync_ns is None:
+                awaited = awaited or (server.probe_id > 0 and server.probe_failures == 0)
+            elif (
+                server.is_alive
+                and request.model is not None
+                and server.last_sync_ns + SYNC_FRESH_NS <= request.arrived_ns
+            ):
+                self._fleet.probe_now(server, now_ns)
+                awaited = True
+        return awaited
+
+    def _nobody_there(self) -> str:
+        if not self._fleet.servers:
+            return "no server is configured"
+        return "no server is reachable: " + "; ".join(
+            f"{s.name}: {s.last_error or 'not probed yet'}" for s in self._fleet
+        )
+
+    def _enqueue(self, request: Request, now_ns: int) -> None:
+        if self._ledger.queue.is_full:
+            self._reject(request, 503, SERVER_BUSY, now_ns, retry_after=1)
+            return
+        self._ledger.queue.push(request)
+        self._timers.arm(TimerKind.QUEUE, request.id, now_ns + self._config.queue.timeout_ns)
+        why = (
+            "until the servers were asked for the model"
+            if request.awaits_sync
+            else "every server that has the model is full"
+        )
+        self._ledger.record(Decision.QUEUED, request, why)
+
+    def serve_queue(self, now_ns: int) -> None:
+        """Start what can start, after room was made or a server has changed."""
+        for _ in self._ledger.queue.pop_ready(lambda request: self._try_start(request, now_ns)):
+            pass
+
+    def on_queue_timer(self, request_id: int, now_ns: int) -> None:
+        """A request has waited too long."""
+        request = self._ledger.requests.get(request_id)
+        if request is not None and request in self._ledger.queue:
+            self._reject(request, 503, SERVER_BUSY, now_ns, retry_after=1)
+
+    def _start_racing(self, request: Request, candidates: Sequence[Server], now_ns: int) -> None:
+        chosen = self._placement.first(request, candidates, now_ns)
+        self._ledger.start(request, chosen[0], AttemptKind.PRIMARY, now_ns)
+        for server in chosen[1:]:
+            self._ledger.start(request, server, AttemptKind.RACER, now_ns)
+        self._ledger.record(
+            Decision.STARTED, request, request.route.strategy, names=tuple(server.name for server in chosen)
+        )
+        if request.route.hedges_max > 0 and request.kind is RequestKind.GENERATE:
+            request.hedges_left = request.route.hedges_max
+            stats = self._fleet.stats.get(request.model or "")
+            request.hedge_delay_ns = race.hedge_delay_ns(stats, self._config.race, stream=request.stream)
+            self._timers.arm(TimerKind.HEDGE, request.id, now_ns + request.hedge_delay_ns)
+
+    def _start_unload(self, request: Request, now_ns: int) -> bool:
+        """Send an unload to every server that has the model loaded; False when none has."""
+        model = request.model or ""
+        loaded = [s for s in self._fleet if s.is_alive and model in s.models and s.models[model].loaded]
+        for server in loaded:
+            self._ledger.start(request, server, AttemptKind.PRIMARY, now_ns)
+        if loaded:
+            self._ledger.record(
+                Decision.STARTED, request, "unload wherever it is loaded", names=tuple(s.name for s in loaded)
+            )
+        return bool(loaded)
+
+    def on_hedge_timer(self, request_id: int, now_ns: int) -> None:
+        """No first token within the hedge delay: ask one more server."""
+        request = self._ledger.requests.get(request_id)
+        if request is None or request.state is not RequestState.RACING or request.hedges_left <= 0:
+            return
+        if self._hedge(request, f"no answer within {request.hedge_delay_ns // MS_NS} ms", now_ns):
+            request.hedges_left -= 1
+        if request.hedges_left:
+            self._timers.arm(TimerKind.HEDGE, request.id, now_ns + request.hedge_delay_ns)
+
+    def _hedge(self, request: Request, why: str, now_ns: int) -> bool:
+        server = self._placement.hedge(request, now_ns)
+        if server is not None:
+            self._ledger.record(Decision.HEDGED, request, why, names=(server.name,))
+            self._ledger.start(request, server, AttemptKind.HEDGE, now_ns)
+        return server is not None
+
+    def retry(self, request: Request, now_ns: int) -> bool:
+        """Ask the next server; False when there is none or the retry budget is spent."""
+        if not self._ledger.retry_budget.allows(len(self._ledger.requests) - len(self._ledger.queue)):
+            self._ledger.record(
+                Decision.RETRIED,
+                request,
+                f"not: {self._ledger.retry_budget.under_way} retries are under way, the budget is spent",
+            )
+            return False
+        server = self._placement.next_after_failure(request, now_ns)
+        if server is None:
+            return False
+        self._ledger.record(Decision.RETRIED, request, str(request.failures[-1]), names=(server.name,))
+        self._ledger.start(request, server, AttemptKind.RETRY, now_ns)
+        return True
+
+    def conclude(self, request: Request, now_ns: int) -> None:
+        """Nobody could answer: pass on the last answer a server gave, or say what happened on each."""
+        answered = request.last_answered
+        if answered is None:
+            status = race.closing_status(request.failures)
+            message = race.closing_message(request)
+            self._out.append(RejectRequest(request.id, status, message, 0))
+            self._ledger.end(request, RequestInput.FAIL, Decision.FAILED, f"{status}: {message}", now_ns)
+            return
+        self._out.append(PassAnswer(request.id, answered.id))
+        refused = all(failure.status < 500 for failure in request.failures if failure.status)
+        given = RequestInput.FINISH if refused else RequestInput.FAIL
+        self._ledger.end(
+            request,
+            given,
+            Decision.FINISHED if refused else Decision.FAILED,
+            f"passed on as it was: {request.failures[-1]}",
+            now_ns,
+            server=answered.server.name,
+        )
+
+    def rescue(self, server: Server, now_ns: int) -> None:
+        """A server died: ask another for every request that waits for it alone."""
+        for attempt in [a for a in self._ledger.attempts.values() if a.server is server and not a.detached]:
+            request = attempt.request
+            if (
+                request.state is RequestState.RACING
+                and request.kind is RequestKind.GENERATE
+                and request.live_attempts == [attempt]
+            ):
+                self._hedge(request, f"{server.name} died", now_ns)
+
+    def _reject(self, request: Request, status: int, message: str, now_ns: int, *, retry_after: int = 0) -> None:
+        self._out.append(RejectRequest(request.id, status, message, retry_after))
+        self._ledger.end(request, RequestInput.REJECT, Decision.REJECTED, f"{status}: {message}", now_ns)
+
+    def on_downstream_closed(self, event: DownstreamClosed, now_ns: int) -> None:
+        """Cancel all that runs for a client that left; nobody is blamed."""
+        request = self._ledger.requests.get(event.request_id)
+        if request is None:
+            self._ledger.late_events += 1
+            return
+        self._ledger.cancel_all(request, Reason.CLIENT_LEFT, now_ns)
+        self._ledger.end(request, RequestInput.ABORT, Decision.ABORTED, "the client left", now_ns)
+
+    def on_drain_deadline_passed(self, _event: DrainDeadlinePassed, now_ns: int) -> None:
+        """End everything: the balancer stops now."""
+        message = "the load balancer is shutting down"
+        for request in list(self._ledger.requests.values()):
+            streaming = request.state is RequestState.RELAYING
+            queued = request.state is RequestState.QUEUED
+            self._ledger.cancel_all(request, Reason.DRAINED, now_ns)
+            if streaming:
+                self._out.append(AbortRequest(request.id, message))
+            elif queued:
+                self._reject(request, 503, message, now_ns, retry_after=1)
+                continue
+            else:
+                self._out.append(RejectRequest(request.id, 503, message, 1))
+            self._ledger.end(request, RequestInput.FAIL, Decision.FAILED, message, now_ns)
+        for attempt in list(self._ledger.attempts.values()):
+            self._ledger.cancel(attempt, Reason.DRAINED, message, now_ns)  # loads that outlived their requests

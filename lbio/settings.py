@@ -1,0 +1,178 @@
+"""What an operator may decide about the I/O half, as the same kind of tables as `lbcore.config`."""
+
+# ruff: noqa: RUF009  # the declaring functions return dataclass fields
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from lbcore.config import Config
+from lbcore.schema import MS_NS, SECOND_NS, Kind, count, duration, section, setting, size
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DEFAULT_LISTEN = "0.0.0.0:11434"
+"""Ollama's own port, on every interface: a balancer is there to be reached."""
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+class Forwarded(StrEnum):
+    """What servers are told about the client's address."""
+
+    X_FORWARDED_FOR = "x-forwarded-for"
+    FORWARDED = "forwarded"
+    NONE = "none"
+
+
+class AdminAccess(StrEnum):
+    """Who may use the management endpoints."""
+
+    LOOPBACK = "loopback"
+    ANY = "any"
+
+
+class LogLevel(StrEnum):
+    """How much is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(StrEnum):
+    """For whom log lines are written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientSettings:
+    """Connections from clients (`[client]`)."""
+
+    head_timeout_ns: int = duration(
+        "for a whole request head, from its first byte on; guards against clients that trickle one to "
+        "hold a connection",
+        30 * SECOND_NS, low=10 * MS_NS)
+    body_timeout_ns: int = duration(
+        "between two reads of a request body; an upload that stalls longer gets 408",
+        60 * SECOND_NS, low=10 * MS_NS)
+    idle_timeout_ns: int = duration(
+        "a kept-alive connection without a request is closed after this; longer than the 60s of common "
+        "proxies, so that they close first",
+        75 * SECOND_NS, low=10 * MS_NS)
+    write_timeout_ns: int = duration(
+        "a client that reads nothing for this long has left: its request is cancelled, which frees the "
+        "server",
+        60 * SECOND_NS, low=10 * MS_NS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitSettings:
+    """Bounds on what one client, and all of them, may take (`[limits]`)."""
+
+    head_bytes_max: int = size(
+        "request line and headers; more gets 431",
+        64 * KIB, low=1 * KIB, high=16 * MIB)
+    body_bytes_max: int = size(
+        "one request body, held so that it can be sent again to another server; more gets 413. Images "
+        "are the large ones",
+        64 * MIB, low=1 * KIB)
+    bodies_bytes_max: int = size(
+        "all request bodies held at once; more get 503, so that memory stays bounded",
+        1 * GIB, low=1 * KIB)
+    buffer_bytes_max: int = size(
+        "what is held of each attempt's answer until a winner is known; then that server is not read "
+        "from, and waits",
+        1 * MIB, low=1 * KIB, high=1 * GIB)
+    connections_max: int = count(
+        "clients connected at once; more get 503 with Retry-After. Keep it below half of `ulimit -n`: "
+        "each may need a connection to a server too",
+        10_000, low=1, high=1_000_000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSettings:
+    """Connections to servers that are kept for the next request (`[pool]`)."""
+
+    idle_max: int = count("idle connections kept to each server; 0 keeps none", 32, high=10_000)
+    idle_timeout_ns: int = duration(
+        "an idle connection is closed after this; firewalls forget one that is silent for minutes",
+        30 * SECOND_NS, low=10 * MS_NS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxySettings:
+    """What servers are told about clients (`[proxy]`)."""
+
+    forwarded: Forwarded = setting(
+        Kind.CHOICE,
+        "the header in which servers get the client's address; forwarded is RFC 7239; none hides it",
+        Forwarded.X_FORWARDED_FOR)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdminSettings:
+    """The management endpoints: /add_server, /sync_servers, DELETE /servers/NAME (`[admin]`)."""
+
+    allow: AdminAccess = setting(
+        Kind.CHOICE,
+        "who may add, sync and remove servers; any lets everyone who reaches this address do so",
+        AdminAccess.LOOPBACK)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogSettings:
+    """The log, on standard error (`[log]`)."""
+
+    level: LogLevel = setting(Kind.CHOICE, "the least severe lines that are written", LogLevel.INFO)
+    format: LogFormat = setting(
+        Kind.CHOICE,
+        "text for people, json (one object a line) for log collectors",
+        LogFormat.TEXT)
+    decisions: bool = setting(
+        Kind.FLAG,
+        "one line for each decision at level info: who raced, who won and when, whose health changed "
+        "and why",
+        default=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppConfig:
+    """Everything `ollama-lb run` needs to know; validated when it was parsed and not checked again.
+
+    The fields that stand in no table of their own are top-level TOML keys. `core` holds `[[servers]]`,
+    `[routes]` and the core's tables; `fleet` the `[[fleet]]` tables as written, which only the simulator
+    understands.
+    """
+
+    listen: str = setting(
+        Kind.TEXT,
+        "the address clients use: host:port, [::1]:port, :port or port; port 0 takes a free one. "
+        "0.0.0.0 is every IPv4 interface, 127.0.0.1 this machine only",
+        DEFAULT_LISTEN)
+    drain_timeout_ns: int = duration(
+        "at SIGTERM, how long answers that are streaming may take to finish before they are cut with an"
+        " error line",
+        30 * SECOND_NS)
+    seed: int | None = setting(
+        Kind.COUNT,
+        "of the core's random choices; the same seed and the same events give the same decisions. Left "
+        "out: drawn at start and logged",
+        None, low=0, high=2**63 - 1)
+    client: ClientSettings = section("connections from clients", ClientSettings)
+    limits: LimitSettings = section("bounds on what one client, and all of them, may take", LimitSettings)
+    pool: PoolSettings = section("connections to servers that are kept for the next request", PoolSettings)
+    proxy: ProxySettings = section("what servers are told about clients", ProxySettings)
+    admin: AdminSettings = section("the management endpoints", AdminSettings)
+    log: LogSettings = section("the log, on standard error", LogSettings)
+    core: Config = field(default_factory=Config)
+    fleet: tuple[Mapping[str, Any], ...] = ()
+    warnings: tuple[str, ...] = ()

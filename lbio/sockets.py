@@ -1,0 +1,219 @@
+"""One connected socket as a byte stream, without a transport in between.
+
+anyio's TCP streams pause and resume a transport around each `receive()`, which costs twice what the rest of
+the relay costs (design §8). Here `recv` and `send` are simply tried, and the event loop is asked only when
+they would block. Works on asyncio, uvloop and trio; on Windows anyio's `wait_readable` does what is needed.
+"""
+
+import contextlib
+import socket
+import struct
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import anyio
+import anyio.lowlevel
+from anyio.abc import ByteStream, SocketAttribute
+
+RECEIVE_BYTES: Final = 65536
+_STREAK_MAX: Final = 16  # calls that did not block before the other tasks get a turn
+
+
+class Watched:
+    """A socket and the tasks that wait for it.
+
+    The event loop knows sockets by descriptor number. If the number went to another socket before a woken
+    waiter has run, anyio's clean-up for the old one would unregister the new one, whose task would then sleep
+    for ever. So while somebody waits, the connection is ended at once but the number is given back by the
+    last waiter as it leaves, in the same turn of the loop.
+    """
+
+    __slots__ = ("closed", "sock", "waiting")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.closed = False
+        self.waiting = 0
+
+    async def readable(self) -> None:
+        """Wait until there is something to receive. Raises anyio's ClosedResourceError, BusyResourceError."""
+        self.waiting += 1
+        try:
+            await anyio.wait_readable(self.sock)
+        finally:
+            self._left()
+
+    async def writable(self) -> None:
+        """Wait until there is room to send. Raises anyio's ClosedResourceError, BusyResourceError."""
+        self.waiting += 1
+        try:
+            await anyio.wait_writable(self.sock)
+        finally:
+            self._left()
+
+    def _left(self) -> None:
+        self.waiting -= 1
+        if self.closed and not self.waiting:
+            self.sock.close()
+
+    def close(self, *, end: bool = True) -> None:
+        """Close and wake the waiters (ClosedResourceError); `end=False`: the peer is to see no clean end."""
+        if self.closed:
+            return
+        self.closed = True
+        with contextlib.suppress(RuntimeError):  # no event loop any more, so nobody to wake either
+            anyio.notify_closing(self.sock)
+        if not self.waiting:
+            self.sock.close()
+        elif end:
+            with contextlib.suppress(OSError):  # the peer may have ended it already
+                self.sock.shutdown(socket.SHUT_RDWR)
+
+
+class SocketStream(ByteStream):
+    """A byte stream over one connected socket, which it owns.
+
+    `receive` and `send` raise anyio's errors: EndOfStream, BrokenResourceError (reset and the like),
+    ClosedResourceError (closed here), BusyResourceError (two tasks at once). Cancelling `receive` loses no
+    byte. Cancelling `send` leaves a prefix sent; `bytes_sent` (ever) tells how much.
+    """
+
+    __slots__ = ("_remote", "_sending", "_sock", "_streak", "_watched", "bytes_sent")
+
+    def __init__(self, sock: socket.socket, remote_address: tuple[Any, ...] | None = None) -> None:
+        sock.settimeout(0)
+        with contextlib.suppress(OSError):  # not TCP, or the peer has reset it before we looked
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        self._watched = Watched(sock)
+        self._remote = remote_address  # kept, since a socket forgets its peer once it is reset
+        self._streak = 0
+        self._sending = False
+        self.bytes_sent = 0
+
+    def __repr__(self) -> str:
+        state = "closed" if self._watched.closed else "open"
+        return f"<SocketStream to {self._remote_address()} {state}, {self.bytes_sent} bytes sent>"
+
+    async def receive(self, max_bytes: int = RECEIVE_BYTES) -> bytes:
+        """Return 1 to `max_bytes` bytes, as soon as there are any."""
+        if self._streak >= _STREAK_MAX:
+            await self._yield()
+        while True:
+            if self._watched.closed:
+                raise anyio.ClosedResourceError
+            try:
+                data = self._sock.recv(max_bytes)
+            except (BlockingIOError, InterruptedError):
+                self._streak = 0
+                await self._watched.readable()
+            except OSError as error:
+                raise anyio.BrokenResourceError(str(error)) from error
+            else:
+                if not data:
+                    raise anyio.EndOfStream
+                self._streak += 1
+                return data
+
+    async def wait_readable(self) -> None:
+        """Wait until `receive` would not block (bytes, end or error) and take nothing."""
+        if self._watched.closed:
+            raise anyio.ClosedResourceError
+        await self._watched.readable()
+
+    async def send(self, item: bytes) -> None:
+        """Send all of `item`; waits while the peer is slow."""
+        if self._sending:
+            raise anyio.BusyResourceError("sending to")
+        if self._streak >= _STREAK_MAX:
+            await self._yield()
+        sent = self.send_nowait(item)
+        if sent == len(item):
+            self._streak += 1
+            return
+        self._streak = 0
+        self._sending = True
+        try:
+            with memoryview(item) as view:
+                while sent < len(item):
+                    await self._watched.writable()
+                    sent += self._send_some(view[sent:])
+        finally:
+            self._sending = False
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
+        """Send what fits into the socket's buffer and return how many bytes that was (0: it would block)."""
+        if self._sending:
+            raise anyio.BusyResourceError("sending to")
+        return self._send_some(data)
+
+    def _send_some(self, data: bytes | bytearray | memoryview) -> int:
+        if self._watched.closed:
+            raise anyio.ClosedResourceError
+        try:
+            sent = self._sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            raise anyio.BrokenResourceError(str(error)) from error
+        self.bytes_sent += sent
+        return sent
+
+    async def _yield(self) -> None:
+        """Give the other tasks a turn (and cancellation a chance): a fast peer must not hold the loop."""
+        self._streak = 0
+        await anyio.lowlevel.checkpoint()
+
+    async def send_eof(self) -> None:
+        """Half-close: the peer sees the end of the stream, and we can still receive."""
+        if self._watched.closed:
+            raise anyio.ClosedResourceError
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise anyio.BrokenResourceError(str(error)) from error
+        await anyio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        """Close as `close` does, then yield as anyio's rules want it."""
+        self.close()
+        await anyio.lowlevel.checkpoint()
+
+    def close(self) -> None:
+        """Close at once, without waiting for anything; tasks inside `receive` or `send` are woken."""
+        self._watched.close()
+
+    def abort(self) -> None:
+        """Close with a reset: what is unsent is thrown away, and the peer sees an error instead of an end."""
+        if not self._watched.closed:
+            layout = "hh" if sys.platform == "win32" else "ii"
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(layout, 1, 0))
+            self._watched.close(end=False)
+
+    def _remote_address(self) -> tuple[str, int] | str:
+        try:
+            return readable_address(self._remote or self._sock.getpeername())
+        except OSError:
+            return "?"
+
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        """Offer local_address, remote_address, family and raw_socket of anyio's SocketAttribute."""
+        return {
+            SocketAttribute.family: lambda: self._sock.family,
+            SocketAttribute.local_address: lambda: readable_address(self._sock.getsockname()),
+            SocketAttribute.raw_socket: lambda: self._sock,
+            SocketAttribute.remote_address: self._remote_address,
+        }
+
+
+def readable_address(address: Any) -> tuple[str, int] | str:
+    """Reduce a socket address to host and port; an IPv4 peer of a dual-stack socket is shown as IPv4."""
+    if not isinstance(address, tuple):
+        return str(address)
+    host = str(address[0])
+    if host.startswith("::ffff:") and "." in host:
+        host = host.removeprefix("::ffff:")
+    return host, int(address[1])

@@ -1,0 +1,359 @@
+"""How one Ollama server behaves: its models, its scheduler, its slots. Pure; time is passed in as int ns.
+
+`FakeOllama` is a state machine that the driver (`simulator.serve` with a real clock, later `simulator.world`
+with a virtual one) feeds with jobs and moments, and that answers with notices. It follows Ollama's scheduler
+(design §7): a job whose model is loaded with the same runner options goes straight to that runner and waits
+there for a slot, first come first served and without bound. Any other job joins the cold queue, which is
+bounded (503 beyond) and worked off strictly one by one: whatever stands in the way of its model (the same
+model with other options, or others when memory or the number of runners does not suffice) is unloaded as soon
+as it is idle; then the model is loaded. A job that leaves while queued, waiting or loading takes its work
+with it.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import NamedTuple
+
+from simulator.specs import (
+    FOREVER_NS,
+    NS_PER_MS,
+    NS_PER_S,
+    FakeModel,
+    FakeSpec,
+    Prefill,
+    RunnerOptions,
+    canonical_name,
+    keep_alive_ns,
+    model_key,
+    runner_options,
+    step_ns,
+)
+
+__all__ = [
+    "FOREVER_NS",
+    "NS_PER_MS",
+    "NS_PER_S",
+    "FakeModel",
+    "FakeOllama",
+    "FakeSpec",
+    "Job",
+    "Loaded",
+    "Notice",
+    "Prefill",
+    "PsEntry",
+    "Refused",
+    "RunnerOptions",
+    "Started",
+    "Unloaded",
+    "Work",
+    "canonical_name",
+    "keep_alive_ns",
+    "runner_options",
+    "step_ns",
+]
+
+
+class Work(StrEnum):
+    """What a job needs its model for."""
+
+    GENERATE = "generate"  # a slot, until the answer ends
+    LOAD = "load"  # only that it is in memory
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request that needs a model. Ids are the driver's, and never reused."""
+
+    id: int
+    model: str
+    options: RunnerOptions
+    keep_alive_ns: int
+    work: Work = Work.GENERATE
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The job has what it asked for; from here on the answer is made. `end` it when it is over."""
+
+    job_id: int
+    at_ns: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The cold queue is full: 503. The job is forgotten."""
+
+    job_id: int
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A load has ended well."""
+
+    model: str
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """A model has left the memory."""
+
+    model: str
+    at_ns: int
+
+
+Notice = Started | Refused | Loaded | Unloaded
+
+
+@dataclass(slots=True)
+class Runner:
+    """A model in memory."""
+
+    model: FakeModel
+    options: RunnerOptions
+    size_bytes: int
+    keep_alive_ns: int
+    running: set[int] = field(default_factory=set)  # jobs that hold a slot
+    visiting: set[int] = field(default_factory=set)  # LOAD jobs not yet ended
+    waiting: deque[Job] = field(default_factory=deque)
+    expires_at_ns: int | None = None  # None while in use
+    doomed: bool = False  # goes as soon as it is idle
+
+    @property
+    def idle(self) -> bool:
+        """Whether no job is on it."""
+        return not (self.running or self.visiting or self.waiting)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A load in progress."""
+
+    job: Job
+    model: FakeModel
+    ready_at_ns: int
+
+
+class PsEntry(NamedTuple):
+    """One line of `/api/ps`; `left_ns` is the time until it expires."""
+
+    model: FakeModel
+    size_bytes: int
+    size_vram_bytes: int
+    num_ctx: int
+    left_ns: int
+
+
+class FakeOllama:
+    """One server's state. Every method that takes `now_ns` first does what was due until then."""
+
+    def __init__(self, spec: FakeSpec, now_ns: int) -> None:
+        self.spec = spec
+        self.disk: dict[str, FakeModel] = {
+            model_key(m.name): replace(m, name=canonical_name(m.name)) for m in spec.models
+        }
+        self.runners: dict[str, Runner] = {}
+        self.pending: deque[Job] = deque()  # the cold queue
+        self.current: Job | None = None  # taken off it, in need of room for its model
+        self.loading: Load | None = None
+        for name in spec.start_loaded:
+            model = self.disk[model_key(name)]
+            self._put(model, runner_options(model, None), round(spec.keep_alive_s * NS_PER_S), now_ns)
+
+    # disk
+
+    def find(self, name: str) -> FakeModel | None:
+        """Return the model of that name on disk."""
+        return self.disk.get(model_key(name))
+
+    def copy(self, source: str, destination: str, modified_at: str) -> bool:
+        """Give a model a second name; False if there is no such model."""
+        model = self.find(source)
+        if model is not None:
+            name = canonical_name(destination)
+            self.disk[model_key(destination)] = replace(model, name=name, modified_at=modified_at)
+        return model is not None
+
+    def delete(self, name: str, now_ns: int) -> list[Notice] | None:
+        """Remove a model from disk and memory; None if there is no such model."""
+        if self.disk.pop(model_key(name), None) is None:
+            return None
+        return self.unload(name, now_ns)
+
+    # jobs
+
+    def submit(self, job: Job, now_ns: int) -> list[Notice]:
+        """Take in a job whose model is on disk."""
+        notices = self.advance(now_ns)
+        runner = self.runners.get(model_key(job.model))
+        if runner is not None and runner.options == job.options:
+            self._attach(runner, job, now_ns, notices)
+        elif len(self.pending) >= self.spec.max_queue and (self.current or self.loading):
+            notices.append(Refused(job.id, now_ns))
+        else:
+            self.pending.append(job)
+            self._pump(now_ns, notices)
+        return notices
+
+    def end(self, job_id: int, now_ns: int) -> list[Notice]:
+        """Take a job out: its answer is complete, or its client has left, whatever stage it was in."""
+        notices = self.advance(now_ns)
+        self.pending = deque(job for job in self.pending if job.id != job_id)
+        if self.current is not None and self.current.id == job_id:
+            self.current = None
+        if self.loading is not None and self.loading.job.id == job_id:
+            self.loading = None
+        for runner in list(self.runners.values()):
+            self._detach(runner, job_id, now_ns, notices)
+        self._pump(now_ns, notices)
+        return notices
+
+    def unload(self, name: str, now_ns: int) -> list[Notice]:
+        """Drop a model from memory as soon as it is idle, as keep_alive 0 without a prompt asks for."""
+        notices = self.advance(now_ns)
+        runner = self.runners.get(model_key(name))
+        if runner is not None:
+            runner.doomed = True
+            self._settle(runner, now_ns, notices)
+            self._pump(now_ns, notices)
+        return notices
+
+    # time
+
+    def next_deadline_ns(self) -> int | None:
+        """Return when `advance` has something to do, if nothing else happens before."""
+        moments = [r.expires_at_ns for r in self.runners.values() if r.expires_at_ns is not None]
+        if self.loading is not None:
+            moments.append(self.loading.ready_at_ns)
+        return min(moments, default=None)
+
+    def advance(self, now_ns: int) -> list[Notice]:
+        """Do all that was due until now, in order of time; harmless when nothing was."""
+        notices: list[Notice] = []
+        while (due_ns := self.next_deadline_ns()) is not None and due_ns <= now_ns:
+            if self.loading is not None and self.loading.ready_at_ns == due_ns:
+                self._finish_load(self.loading, due_ns, notices)
+            else:
+                for runner in [r for r in self.runners.values() if r.expires_at_ns == due_ns]:
+                    self._drop(runner, due_ns, notices)
+            self._pump(due_ns, notices)
+        return notices
+
+    def ps(self, now_ns: int) -> list[PsEntry]:
+        """Return the models in memory, the longest-lived first, as `/api/ps` lists them."""
+        entries = [
+            PsEntry(
+                model=runner.model,
+                size_bytes=runner.size_bytes,
+                size_vram_bytes=min(runner.size_bytes, self.spec.vram_bytes),
+                num_ctx=runner.options.num_ctx,
+                left_ns=(
+                    runner.keep_alive_ns if runner.expires_at_ns is None else runner.expires_at_ns - now_ns
+                ),
+            )
+            for runner in self.runners.values()
+        ]
+        return sorted(entries, key=lambda entry: -entry.left_ns)
+
+    # inside
+
+    def _pump(self, now_ns: int, notices: list[Notice]) -> None:
+        """Work off the cold queue until something takes time."""
+        while self.loading is None:
+            if self.current is None:
+                if not self.pending:
+                    return
+                self.current = self.pending.popleft()
+            job = self.current
+            runner = self.runners.get(model_key(job.model))
+            if runner is not None and runner.options == job.options:
+                self.current = None
+                self._attach(runner, job, now_ns, notices)
+                continue
+            model = self.find(job.model)
+            if model is None:  # deleted while it waited: as good as refused
+                self.current = None
+                notices.append(Refused(job.id, now_ns))
+                continue
+            victim = runner or self._victim(_memory_bytes(model, job.options))
+            if victim is None:
+                self.current = None
+                self.loading = Load(job, model, now_ns + round(self.spec.load_ms * NS_PER_MS))
+                if self.loading.ready_at_ns <= now_ns:
+                    self._finish_load(self.loading, now_ns, notices)
+            else:
+                victim.doomed = True
+                if not victim.idle:
+                    return
+                self._drop(victim, now_ns, notices)
+
+    def _victim(self, needed_bytes: int) -> Runner | None:
+        """Return what must go before so much can be loaded: idle first, shortest keep_alive first (§7.4)."""
+        if not self.runners or self._fits(needed_bytes):
+            return None
+        return min(self.runners.values(), key=lambda r: (not r.idle, r.keep_alive_ns))
+
+    def _fits(self, needed_bytes: int) -> bool:
+        if len(self.runners) >= self.spec.max_loaded:
+            return False
+        used_bytes = sum(runner.size_bytes for runner in self.runners.values())
+        return not self.spec.vram_bytes or used_bytes + needed_bytes <= self.spec.vram_bytes
+
+    def _finish_load(self, load: Load, at_ns: int, notices: list[Notice]) -> None:
+        self.loading = None
+        runner = self._put(load.model, load.job.options, load.job.keep_alive_ns, at_ns)
+        notices.append(Loaded(load.model.name, at_ns))
+        self._attach(runner, load.job, at_ns, notices)
+
+    def _put(self, model: FakeModel, options: RunnerOptions, keep_alive: int, at_ns: int) -> Runner:
+        runner = Runner(model, options, _memory_bytes(model, options), keep_alive)
+        runner.expires_at_ns = at_ns + keep_alive
+        self.runners[model_key(model.name)] = runner
+        return runner
+
+    def _attach(self, runner: Runner, job: Job, now_ns: int, notices: list[Notice]) -> None:
+        runner.keep_alive_ns = job.keep_alive_ns
+        runner.expires_at_ns = None
+        if job.work is Work.LOAD:
+            runner.visiting.add(job.id)
+            notices.append(Started(job.id, now_ns, runner.model.name))
+        else:
+            runner.waiting.append(job)
+            self._fill_slots(runner, now_ns, notices)
+
+    def _fill_slots(self, runner: Runner, now_ns: int, notices: list[Notice]) -> None:
+        while runner.waiting and len(runner.running) < self.spec.num_parallel:
+            job = runner.waiting.popleft()
+            runner.running.add(job.id)
+            notices.append(Started(job.id, now_ns, runner.model.name))
+
+    def _detach(self, runner: Runner, job_id: int, now_ns: int, notices: list[Notice]) -> None:
+        if job_id in runner.running or job_id in runner.visiting:
+            runner.running.discard(job_id)
+            runner.visiting.discard(job_id)
+        elif any(job.id == job_id for job in runner.waiting):
+            runner.waiting = deque(job for job in runner.waiting if job.id != job_id)
+        else:
+            return
+        self._fill_slots(runner, now_ns, notices)
+        self._settle(runner, now_ns, notices)
+
+    def _settle(self, runner: Runner, now_ns: int, notices: list[Notice]) -> None:
+        """Decide what becomes of a runner that may have become idle."""
+        if not runner.idle:
+            return
+        if runner.doomed or runner.keep_alive_ns <= 0:
+            self._drop(runner, now_ns, notices)
+        else:
+            runner.expires_at_ns = now_ns + runner.keep_alive_ns
+
+    def _drop(self, runner: Runner, now_ns: int, notices: list[Notice]) -> None:
+        del self.runners[model_key(runner.model.name)]
+        notices.append(Unloaded(runner.model.name, now_ns))
+
+
+def _memory_bytes(model: FakeModel, options: RunnerOptions) -> int:
+    return model.size_bytes + model.kv_bytes_per_token * options.num_ctx
