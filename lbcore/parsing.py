@@ -10,7 +10,8 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from enum import StrEnum
+from typing import Any, TypeVar
 
 from lbcore.schema import (
     SECOND_NS,
@@ -24,9 +25,6 @@ from lbcore.schema import (
     keys_of,
 )
 from lbcore.units import UnitError, parse_duration, parse_size
-
-if TYPE_CHECKING:
-    from enum import StrEnum
 
 _T = TypeVar("_T")
 
@@ -111,7 +109,8 @@ def _number_fix(value: Any, *, whole: bool) -> str:
         return f"write {int(number)}"
     if math.isfinite(number) and not whole:
         return f"write {number}"
-    return f"write a number without quotes, such as {'3' if whole else '0.5'}"
+    unquoted = ", without quotes" if isinstance(value, str) else ""
+    return f"write a {'whole number such as 3' if whole else 'number such as 0.5'}{unquoted}"
 
 
 _FLAGS: Mapping[str, str] = {"true": "true", "yes": "true", "on": "true", "1": "true",
@@ -200,14 +199,15 @@ def parse_table(cls: type[_T], raw: Any, key: str, problems: list[Problem], *, a
     mandatory key is missing or wrong. `also` names the keys of the rest of the file, which a misplaced key
     may mean.
     """
-    return _parse_table(cls, raw, key, problems, (*keys_of(cls, key), *also))
+    known = tuple(dict.fromkeys((*keys_of(cls, key), *also)))
+    return _parse_table(cls, raw, key, problems, known)
 
 
 def _parse_table(cls: type[_T], raw: Any, key: str, problems: list[Problem], known: Keys) -> _T | None:
     if not isinstance(raw, Mapping):
         problems.append(Problem(key, raw, "is not a table", "write its keys in a table of their own"))
         raw = {}
-    fields: Sequence[Field] = fields_of(cls)  # type: ignore[arg-type]  # functools.cache wants Hashable
+    fields = fields_of(cls)
     names = {field.key for field in fields}
     problems.extend(unknown_key(key, name, raw[name], known) for name in raw if name not in names)
     values: dict[str, Any] = {}
@@ -240,7 +240,7 @@ def unknown_key(table: str, name: str, value: Any, known: Keys) -> Problem:
     meant = elsewhere or [(table, key) for key in nearest(name, here)] or _almost(name, known)
     fix = f"the keys here are {', '.join(here)}" if here else ""
     if meant:
-        fix = f"did you mean {' or '.join(join(*pair) for pair in dict.fromkeys(meant[:3]))}?"
+        fix = f"did you mean {' or '.join(join(*pair) for pair in meant[:3])}?"
     return Problem(join(table, name), value, "is set, but there is no such key", fix)
 
 

@@ -7,16 +7,13 @@ cannot disagree.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import re
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lbcore.units import format_duration, format_size
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
 
 SECOND_NS = 1_000_000_000
 MS_NS = 1_000_000
@@ -93,7 +90,7 @@ class Field:
     name: str  # of the dataclass field
     key: str  # in TOML
     why: str
-    default: Any = dataclasses.MISSING
+    default: Any  # `dataclasses.MISSING` if it has none
     setting: Setting | None = None
     section: Any = None  # the dataclass of its keys
 
@@ -103,8 +100,7 @@ class Field:
         return self.section is None and self.default is dataclasses.MISSING
 
 
-@functools.cache
-def fields_of(cls: type) -> tuple[Field, ...]:
+def fields_of(cls: Any) -> tuple[Field, ...]:
     """Return the TOML keys of a settings dataclass in their order; fields declared otherwise are no keys."""
     declared = (field for field in dataclasses.fields(cls) if field.metadata.keys() & {"setting", "section"})
     return tuple(_field(field) for field in declared)
@@ -113,7 +109,7 @@ def fields_of(cls: type) -> tuple[Field, ...]:
 def _field(field: dataclasses.Field[Any]) -> Field:
     if "section" in field.metadata:
         factory: Any = field.default_factory
-        return Field(field.name, field.name, field.metadata["section"], section=factory)
+        return Field(field.name, field.name, field.metadata["section"], dataclasses.MISSING, section=factory)
     declared: Setting = field.metadata["setting"]
     return Field(field.name, field.name.removesuffix("_ns"), declared.why, field.default, declared)
 
@@ -180,3 +176,13 @@ def describe_setting(declared: Setting) -> str:
         return f"one of {', '.join(declared.choices)}"
     allowed = describe_range(declared)
     return UNIT_NAMES[declared.kind] + (f", {allowed}" if allowed else "")
+
+
+def walk(instance: Any, key: str = "") -> Iterator[tuple[str, Field, Any]]:
+    """Yield the (table, field, value) of every setting held by `instance`, whose own table is at `key`."""
+    for field in fields_of(type(instance)):
+        value = getattr(instance, field.name)
+        if field.section is None:
+            yield key, field, value
+        else:
+            yield from walk(value, join(key, field.key))

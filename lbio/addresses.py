@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from lbcore.parsing import RefusedError, quote
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 LISTEN_FORMS = 'write it as "host:port", "[::1]:port", ":port" or "port"'
 DEFAULT_PORTS: Mapping[str, int] = {"http": 11434, "https": 443}

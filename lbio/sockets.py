@@ -94,7 +94,7 @@ class SocketStream(ByteStream):
 
     def __repr__(self) -> str:
         state = "closed" if self._watched.closed else "open"
-        return f"<SocketStream to {self._remote_address()} {state}, {self.bytes_sent} bytes sent>"
+        return f"<SocketStream to {self.remote_address} {state}, {self.bytes_sent} bytes sent>"
 
     async def receive(self, max_bytes: int = RECEIVE_BYTES) -> bytes:
         """Return 1 to `max_bytes` bytes, as soon as there are any."""
@@ -192,20 +192,32 @@ class SocketStream(ByteStream):
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(layout, 1, 0))
             self._watched.close(end=False)
 
-    def _remote_address(self) -> tuple[str, int] | str:
+    @property
+    def local_address(self) -> tuple[str, int] | str:
+        """Our host and port. Raises OSError once closed."""
+        return readable_address(self._sock.getsockname())
+
+    @property
+    def remote_address(self) -> tuple[str, int] | str:
+        """The peer's host and port, also after the connection has ended; "?" if it ended before we asked."""
         try:
             return readable_address(self._remote or self._sock.getpeername())
         except OSError:
             return "?"
 
     @property
+    def raw_socket(self) -> socket.socket:
+        """The socket, for a fast path of one's own; it stays ours to close."""
+        return self._sock
+
+    @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
-        """Offer local_address, remote_address, family and raw_socket of anyio's SocketAttribute."""
+        """Offer the same as anyio's SocketAttribute, so that it is found through a TLSStream too."""
         return {
             SocketAttribute.family: lambda: self._sock.family,
-            SocketAttribute.local_address: lambda: readable_address(self._sock.getsockname()),
+            SocketAttribute.local_address: lambda: self.local_address,
             SocketAttribute.raw_socket: lambda: self._sock,
-            SocketAttribute.remote_address: self._remote_address,
+            SocketAttribute.remote_address: lambda: self.remote_address,
         }
 
 

@@ -123,8 +123,7 @@ async def _connect_to(family: socket.AddressFamily, address: tuple[Any, ...]) ->
         if code in _IN_PROGRESS:
             await anyio.wait_writable(sock)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code == 0 and sock.getsockname() == sock.getpeername():
-            # With nobody listening, TCP can connect a socket to itself if the kernel draws that very port.
+        if code == 0 and _is_its_own_peer(sock):
             code = errno.ECONNREFUSED
     except BaseException:
         sock.close()
@@ -133,6 +132,14 @@ async def _connect_to(family: socket.AddressFamily, address: tuple[Any, ...]) ->
         sock.close()
         raise OSError(code, f"{os.strerror(code)} ({address[0]} port {address[1]})")
     return SocketStream(sock, address)
+
+
+def _is_its_own_peer(sock: socket.socket) -> bool:
+    """With nobody listening, TCP connects a socket to itself if the kernel happens to draw that very port."""
+    try:
+        return bool(sock.getsockname() == sock.getpeername())
+    except OSError:  # reset already: whoever did it was somebody else
+        return False
 
 
 async def _resolve(host: str, port: int, flags: int) -> list[_Address]:
@@ -188,7 +195,7 @@ class SocketListener:
                     raise
         raise AssertionError
 
-    async def accept_forever(self, on_connection: Callable[[SocketStream], None]) -> None:
+    async def accept_forever(self, on_connection: Callable[[SocketStream], object]) -> None:
         """Hand each new connection to `on_connection`, which owns it from then on, until `close`.
 
         What `on_connection` raises ends the listening. Running out of descriptors does not.
@@ -197,7 +204,7 @@ class SocketListener:
             for listening in self._listening:
                 group.start_soon(self._accept_loop, listening, on_connection)
 
-    async def _accept_loop(self, listening: Watched, on_connection: Callable[[SocketStream], None]) -> None:
+    async def _accept_loop(self, listening: Watched, on_connection: Callable[[SocketStream], object]) -> None:
         while not listening.closed:
             try:
                 await listening.readable()
@@ -211,9 +218,7 @@ class SocketListener:
                 with anyio.move_on_after(EXHAUSTED_PAUSE_S):
                     await self._closing.wait()
 
-    def _accept_some(
-        self, listening: Watched, on_connection: Callable[[SocketStream], None]
-    ) -> OSError | None:
+    def _accept_some(self, listening: Watched, on_connection: Callable[[SocketStream], object]) -> OSError | None:
         """Accept what is there, within reason; return the error if the machine has run out of something."""
         for _ in range(ACCEPTS_PER_WAKEUP):
             if listening.closed:  # by on_connection
@@ -265,9 +270,7 @@ def _bind_all(addresses: list[_Address], backlog: int, *, dual_stack: bool) -> l
     return socks
 
 
-def _bind(
-    family: socket.AddressFamily, address: tuple[Any, ...], backlog: int, *, dual_stack: bool
-) -> socket.socket:
+def _bind(family: socket.AddressFamily, address: tuple[Any, ...], backlog: int, *, dual_stack: bool) -> socket.socket:
     sock: socket.socket | None = None
     try:
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -284,7 +287,5 @@ def _bind(
     except OSError as error:
         if sock is not None:
             sock.close()
-        raise OSError(
-            error.errno, f"cannot listen on {address[0]} port {address[1]}: {error.strerror}"
-        ) from error
+        raise OSError(error.errno, f"cannot listen on {address[0]} port {address[1]}: {error.strerror}") from error
     return sock

@@ -4,7 +4,7 @@ An `Answer` is all that is known when it begins; the functions of its `Dialect` 
 Ollama writes: each `bytes` of a list is one HTTP chunk. Wall-clock times are int ns since 1970.
 """
 
-import datetime
+import datetime as dt
 import email.utils
 import hashlib
 import json
@@ -24,7 +24,7 @@ RUNNER_DIED = "an error was encountered while running the model: unexpected EOF"
 WORDS = (
     " the", " of", " and", " river", " model", " quick", " stone", " light", " answer", " seven", " under",
     " window", " because", " always", " garden", " signal", " never", " north", " copper", " between", " slow",
-    " café", " naïve", " für", " schließlich", " игра", " 良い", " 東京", " Ελλάδα", " \U0001f642", " \"so\"",
+    " café", " naïve", " für", " schließlich", " игра", " 良い", " 東京", " Ελλάδα", " \U0001f642", ' "so"',
     " a\\b", " <b>", " R&D", ", but", ", then", ". It", ". We", "\n\n", "ing", "ly", "tion", " 42", " (see)",
 )  # fmt: skip
 _WORD_LETTERS_MIN = min(map(len, WORDS))
@@ -41,7 +41,7 @@ def go_json(value: object) -> bytes:
 def rfc3339(wall_ns: int) -> str:
     """Return a time as Go prints it: UTC, nanoseconds without trailing zeros."""
     seconds, ns = divmod(wall_ns, NS_PER_S)
-    moment = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(seconds=seconds)
+    moment = dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(seconds=seconds)
     fraction = f".{ns:09d}".rstrip("0").rstrip(".")
     return f"{moment:%Y-%m-%dT%H:%M:%S}{fraction}Z"
 
@@ -111,6 +111,7 @@ class Answer:
     begun_wall_ns: int
     usage: bool = False  # stream_options.include_usage
     context: bool = True  # /api/generate, unless raw
+    logprobs: int | None = None  # /api/chat: give them, with so many alternatives each
 
     @property
     def text(self) -> str:
@@ -156,16 +157,31 @@ def _native_text(answer: Answer, text: str) -> dict[str, Any]:
     return {"response": text}
 
 
+def _logprob(token: str) -> dict[str, Any]:
+    chance = int(hex_id("logprob", token, digits=4), 16) / 0xFFFF
+    return {"token": token, "logprob": -0.01 - chance, "bytes": list(token.encode("utf-8", "replace"))}
+
+
+def _native_logprobs(answer: Answer, tokens: tuple[str, ...]) -> dict[str, Any]:
+    if answer.logprobs is None or answer.api is not Api.CHAT:
+        return {}
+    others = [_logprob(word) for word in WORDS[: answer.logprobs]]
+    return {"logprobs": [_logprob(token) | ({"top_logprobs": others} if others else {}) for token in tokens]}
+
+
 def _native_token(answer: Answer, index: int, wall_ns: int) -> bytes:
-    text = _native_text(answer, answer.tokens[index])
-    return go_json(_native_head(answer, wall_ns) | text | {"done": False}) + b"\n"
+    token = answer.tokens[index]
+    line = _native_head(answer, wall_ns) | _native_text(answer, token) | {"done": False}
+    return go_json(line | _native_logprobs(answer, (token,))) + b"\n"
 
 
-def _native_done(answer: Answer, text: str, timing: Timing) -> dict[str, Any]:
+def _native_done(answer: Answer, text: str, timing: Timing, tokens: tuple[str, ...] = ()) -> dict[str, Any]:
     line = _native_head(answer, timing.wall_ns) | _native_text(answer, text)
     line |= {"done": True, "done_reason": answer.done_reason}
     if answer.done_reason in {"load", "unload"}:
         return line
+    if tokens:
+        line |= _native_logprobs(answer, tokens)
     if answer.api is Api.GENERATE and answer.context:
         line["context"] = [518 + 37 * i % 31_000 for i in range(answer.prompt_tokens + len(answer.tokens))]
     figures = {
@@ -184,7 +200,7 @@ def _native_finish(answer: Answer, timing: Timing) -> Pieces:
 
 
 def _native_single(answer: Answer, timing: Timing) -> bytes:
-    return go_json(_native_done(answer, answer.text, timing))
+    return go_json(_native_done(answer, answer.text, timing, answer.tokens))
 
 
 def _native_killed(_answer: Answer) -> Pieces:

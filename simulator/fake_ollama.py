@@ -160,7 +160,9 @@ class FakeOllama:
         self.current: Job | None = None  # taken off it, in need of room for its model
         self.loading: Load | None = None
         for name in spec.start_loaded:
-            model = self.disk[model_key(name)]
+            model = self.find(name)
+            if model is None:
+                raise ValueError(f"{spec.name}: start_loaded names {name!r}, which is not one of its models")
             self._put(model, runner_options(model, None), round(spec.keep_alive_s * NS_PER_S), now_ns)
 
     # disk
@@ -291,10 +293,13 @@ class FakeOllama:
                 self._drop(victim, now_ns, notices)
 
     def _victim(self, needed_bytes: int) -> Runner | None:
-        """Return what must go before so much can be loaded: idle first, shortest keep_alive first (§7.4)."""
+        """Return what must go before so much can be loaded: idle first, shortest keep_alive first (§7.4).
+
+        One that is already to go comes before all others, so that none goes in vain while it is still busy.
+        """
         if not self.runners or self._fits(needed_bytes):
             return None
-        return min(self.runners.values(), key=lambda r: (not r.idle, r.keep_alive_ns))
+        return min(self.runners.values(), key=lambda r: (not r.doomed, not r.idle, r.keep_alive_ns))
 
     def _fits(self, needed_bytes: int) -> bool:
         if len(self.runners) >= self.spec.max_loaded:

@@ -69,7 +69,8 @@ def canonical_name(name: str) -> str:
     return name if ":" in name.rsplit("/", 1)[-1] else f"{name}:latest"
 
 
-def modelmodel_key(name: str) -> str:
+def model_key(name: str) -> str:
+    """Return what identifies a model on a server: its full name, case apart."""
     return canonical_name(name).lower()
 
 
@@ -98,6 +99,7 @@ def runner_options(model: FakeModel, options: Mapping[str, Any] | None) -> Runne
     """Return the runner options that a request's `options` come to for this model."""
     defaults = RunnerOptions(min(model.num_ctx, model.context_length))
     asked = {name: options[name] for name in defaults._fields if options and options.get(name) is not None}
+    asked = {name: int(value) if name != "use_mmap" else value for name, value in asked.items()}
     if "num_ctx" in asked:
         asked["num_ctx"] = max(1, min(asked["num_ctx"], model.context_length))
     return defaults._replace(**asked)
@@ -128,11 +130,15 @@ def keep_alive_ns(value: object, default_ns: int) -> int:
         if _GO_DURATION.fullmatch(value) is None:
             raise ValueError(_bad_duration(value))
         parts = _GO_PART.findall(value)
-        total = sum(round(float(number) * _GO_UNITS_NS[unit]) for number, unit in parts)
-        return FOREVER_NS if value[0] == "-" and total else min(total, FOREVER_NS)
+        total_ns = _at_most_forever(sum(float(number) * _GO_UNITS_NS[unit] for number, unit in parts))
+        return FOREVER_NS if value[0] == "-" and total_ns else total_ns
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return FOREVER_NS if value < 0 else min(round(value * NS_PER_S), FOREVER_NS)
+        return FOREVER_NS if value < 0 else _at_most_forever(value * float(NS_PER_S))
     raise ValueError(f"Unsupported type: '{value!r}'")
+
+
+def _at_most_forever(duration_ns: float) -> int:
+    return round(duration_ns) if duration_ns < FOREVER_NS else FOREVER_NS
 
 
 def _bad_duration(text: str) -> str:

@@ -1,15 +1,26 @@
 """What the tests of HTTP share: valid messages for hypothesis, ways to cut and corrupt them, a fake stream."""
 
+import itertools
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import anyio
+import hypothesis
 from anyio.abc import ByteReceiveStream
 from hypothesis import strategies as st
 
 from lbio.http1 import HttpError
 
 T = TypeVar("T")
+
+
+def given(*strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """hypothesis.given without a deadline: what else the machine does is no failure of ours."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        return hypothesis.settings(deadline=None)(hypothesis.given(*strategies)(test))
+
+    return decorate
 
 
 def now(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -43,7 +54,7 @@ class Pieces(ByteReceiveStream):
 
 def cut(data: bytes, at: list[int]) -> list[bytes]:
     edges = [0, *sorted({position % (len(data) + 1) for position in at}), len(data)]
-    return [data[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [data[start:end] for start, end in itertools.pairwise(edges)]
 
 
 def byte_by_byte(data: bytes) -> list[bytes]:

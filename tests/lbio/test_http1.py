@@ -3,7 +3,7 @@
 import h11
 import pytest
 from h11._connection import _body_framing
-from hypothesis import example, given
+from hypothesis import example
 from hypothesis import strategies as st
 
 from lbio import http1_heads
@@ -18,7 +18,7 @@ from lbio.http1 import (
     serialize_request,
     serialize_response,
 )
-from tests.lbio.http1_strategies import corrupted, corruptions, outcome, request_heads, response_heads
+from tests.lbio.http1_strategies import corrupted, corruptions, given, outcome, request_heads, response_heads
 from tests.lbio.malformed import REQUEST_HEADS, RESPONSE_HEADS
 
 
@@ -130,30 +130,29 @@ def framing_by_h11(event: h11.Request | h11.Response, method: bytes) -> tuple[Fr
     return (Framing.CHUNKED if name == "chunked" else Framing.CLOSE), 0
 
 
-@given(request_heads, corruptions)
-@example(b"GET / HTTP/1.1\r\nHost: h:1\r\n\r\n", [])
-def test_request_heads_against_h11(valid: bytes, changes: list[tuple[int, int]]) -> None:
-    raw = corrupted(valid, changes)
+def check_request(raw: bytes) -> bool:
+    """Return whether it is accepted; then h11, asked anew, must have understood the same."""
     connection = h11.Connection(h11.SERVER)
     connection.receive_data(raw)
     try:
         theirs = connection.next_event()
     except h11.RemoteProtocolError:
-        theirs = None
-    ours = outcome(lambda: parse_request_head(raw))
-    assert changes or isinstance(ours, RequestHead), ours
-    if isinstance(ours, RequestHead):
-        assert isinstance(theirs, h11.Request)
-        assert (ours.method.encode(), ours.target.encode()) == (theirs.method, theirs.target)
-        assert list(ours.headers) == list(theirs.headers)
-        expected = framing_by_h11(theirs, theirs.method)
-        assert (ours.framing, ours.content_length) in {expected, (Framing.NONE, expected[1])}
-        assert connection.trailing_data == (b"", False) or theirs.method == b"CONNECT"
+        theirs = h11.NEED_DATA
+    ours = outcome(lambda: parse_request_head(raw, memo=False))
+    if not isinstance(ours, RequestHead):
+        return False
+    assert isinstance(theirs, h11.Request)
+    assert (ours.method.encode(), ours.target.encode()) == (theirs.method, theirs.target)
+    assert list(ours.headers) == list(theirs.headers)
+    framing, length = framing_by_h11(theirs, theirs.method)
+    assert ours.content_length == length
+    assert ours.framing is framing or (ours.framing is Framing.NONE and length == 0)
+    assert connection.trailing_data == (b"", False)
+    return True
 
 
-@given(response_heads, corruptions, st.sampled_from(["GET", "HEAD"]))
-def test_response_heads_against_h11(valid: bytes, changes: list[tuple[int, int]], method: str) -> None:
-    raw = corrupted(valid, changes)
+def check_response(raw: bytes, method: str) -> bool:
+    """The same for an answer."""
     connection = h11.Connection(h11.CLIENT)
     connection.send(h11.Request(method=method, target="/", headers=[("host", "x")]))
     connection.send(h11.EndOfMessage())
@@ -161,39 +160,44 @@ def test_response_heads_against_h11(valid: bytes, changes: list[tuple[int, int]]
     try:
         theirs = connection.next_event()
     except h11.RemoteProtocolError:
-        theirs = None
-    ours = outcome(lambda: parse_response_head(raw, method))
-    assert changes or isinstance(ours, ResponseHead), ours
-    if isinstance(ours, ResponseHead):
-        assert isinstance(theirs, h11.Response | h11.InformationalResponse)
-        assert (ours.status, ours.reason, list(ours.headers)) == (
-            theirs.status_code,
-            theirs.reason,
-            list(theirs.headers),
-        )
-        if isinstance(theirs, h11.Response):
-            framing, length = framing_by_h11(theirs, method.encode())
-            assert (ours.framing, ours.content_length) in {(framing, length), (Framing.NONE, length)}
+        theirs = h11.NEED_DATA
+    ours = outcome(lambda: parse_response_head(raw, method, memo=False))
+    if not isinstance(ours, ResponseHead):
+        return False
+    assert isinstance(theirs, h11.Response | h11.InformationalResponse)
+    assert (ours.status, ours.reason) == (theirs.status_code, theirs.reason)
+    assert list(ours.headers) == list(theirs.headers)
+    if isinstance(theirs, h11.InformationalResponse):
+        assert ours.framing is Framing.NONE
+    else:
+        framing, length = framing_by_h11(theirs, method.encode())
+        assert ours.content_length == length
+        assert ours.framing is framing or (ours.framing is Framing.NONE and length == 0)
+    return True
+
+
+@given(request_heads, corruptions)
+@example(b"GET / HTTP/1.1\r\nHost: h:1\r\n\r\n", [])
+def test_request_heads_against_h11(valid: bytes, changes: list[tuple[int, int]]) -> None:
+    assert check_request(corrupted(valid, changes)) or changes
+
+
+@given(response_heads, corruptions, st.sampled_from(["GET", "HEAD"]))
+def test_response_heads_against_h11(valid: bytes, changes: list[tuple[int, int]], method: str) -> None:
+    assert check_response(corrupted(valid, changes), method) or changes
 
 
 @pytest.mark.parametrize("role", ["request", "response"])
 def test_no_corrupted_byte_makes_us_accept_what_h11_refuses(role: Role) -> None:
     request = b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nA: b\r\n\r\n"
     response = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nA: b\r\n\r\n"
+    valid = request if role == "request" else response
     accepted = 0
-    for position in range(len(request if role == "request" else response)):
+    for position in range(len(valid)):
         for value in range(256):
-            if role == "request":
-                raw = corrupted(request, [(position, value)])
-                head = outcome(lambda raw=raw: parse_request_head(raw, memo=False))  # type: ignore[misc]
-            else:
-                raw = corrupted(response, [(position, value)])
-                head = outcome(lambda raw=raw: parse_response_head(raw, "GET", memo=False))  # type: ignore[misc]
-            if not isinstance(head, tuple):
-                accepted += 1
-                assert raw.count(b"\r\n") == 5 if role == "request" else 4
-                assert head.content_length in {0, 5} or raw[position : position + 1].isdigit()
-    assert accepted > 1000  # names and values may hold nearly anything
+            raw = corrupted(valid, [(position, value)])
+            accepted += check_request(raw) if role == "request" else check_response(raw, "GET")
+    assert 1000 < accepted < len(valid) * 128
 
 
 @given(st.one_of(request_heads, st.sampled_from([row[1] for row in REQUEST_HEADS])), corruptions)
@@ -244,9 +248,9 @@ INJECTIONS = [
 
 @pytest.mark.parametrize(("name", "value"), INJECTIONS)
 def test_nothing_can_be_injected_through_a_header(name: bytes, value: bytes) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"\S"):
         serialize_request("GET", "/", [(b"host", b"h"), (name, value)])
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"\S"):
         serialize_response(200, [(name, value)])
 
 
@@ -259,7 +263,7 @@ def test_nothing_can_be_injected_through_a_line() -> None:
         ("GET", "/\r\n"),
         ("GET", "/é"),
     ]:
-        with pytest.raises(ValueError, match="."):
+        with pytest.raises(ValueError, match=r"\S"):
             serialize_request(method, target, [(b"host", b"h")])
     with pytest.raises(ValueError, match="Host"):
         serialize_request("GET", "/", [])

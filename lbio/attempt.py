@@ -1,0 +1,244 @@
+"""One attempt: send the request to one server, read its answer until it is chosen, and tell the core."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Protocol
+
+import anyio
+
+from lbcore.events import (
+    AttemptConnected,
+    AttemptFailed,
+    BufferFilled,
+    Event,
+    FirstTokenReceived,
+    HeadReceived,
+    Reason,
+    StreamEnded,
+)
+from lbcore.ollama import PASS_THROUGH, RequestKind
+from lbio.exchange import Exchange
+from lbio.http1 import HttpError, IncompleteBody, ResponseHead
+from lbio.upstream import Answer, ConnectError, Connection, Endpoint, read_response_head
+
+_JOIN_BYTES_MAX = 65536  # a head and a body up to this size are sent at once
+_DETAIL_CHARS_MAX = 200
+_NOT_FOUND = re.compile(rb'"model[^{}]{0,300}not found|not found, try pulling')
+_ELSEWHERE = frozenset({401, 403, 407, 408, 425, 429})
+
+
+class Core(Protocol):
+    """What an attempt needs of the driver."""
+
+    def dispatch(self, event: Event) -> None:
+        """Give the core an event and carry out what it commands."""
+
+    def note_chunk(self, attempt_id: int, n_bytes: int, n_tokens: int) -> None:
+        """Count a piece of an answer."""
+
+
+def reason_of(status: int, body: bytes, *, passed_through: bool) -> Reason:
+    """Return what an error status means for the question who could answer better."""
+    if status == 404:
+        if _NOT_FOUND.search(body[:4096]) is not None:
+            return Reason.MODEL_NOT_FOUND
+        # An unknown path is unknown to every Ollama; a known one may be too new for this server.
+        return Reason.CLIENT_ERROR if passed_through else Reason.ELSEWHERE
+    if status == 503:
+        return Reason.BUSY
+    if status in _ELSEWHERE:
+        return Reason.ELSEWHERE
+    return Reason.SERVER_ERROR if status >= 500 else Reason.CLIENT_ERROR
+
+
+class AttemptRun:
+    """The task of one attempt. Once chosen, its answer belongs to the client's connection, which reads the rest."""
+
+    __slots__ = ("_buffer_bytes_max", "_connection", "_core", "_head_bytes_max", "_reported", "_scope", "answer", "attempt_id",
+                 "chosen", "endpoint", "exchange")  # fmt: skip
+
+    def __init__(
+        self, attempt_id: int, exchange: Exchange, endpoint: Endpoint, core: Core, head_bytes_max: int, buffer_bytes_max: int
+    ) -> None:
+        self.attempt_id = attempt_id
+        self.exchange = exchange
+        self.endpoint = endpoint
+        self.answer: Answer | None = None
+        self.chosen = False
+        self._core = core
+        self._head_bytes_max = head_bytes_max
+        self._buffer_bytes_max = buffer_bytes_max
+        self._scope = anyio.CancelScope()
+        self._connection: Connection | None = None
+        self._reported = False  # its end was told to the core
+
+    def __repr__(self) -> str:
+        return f"<AttemptRun {self.attempt_id} on {self.endpoint.name}{' chosen' if self.chosen else ''}>"
+
+    # --- called by the driver, never waiting ---------------------------------------------------------------
+
+    def choose(self, *, passed_on: bool) -> None:
+        """Hand the answer over to the client's connection."""
+        self.chosen = True
+        self.exchange.choose(self, passed_on=passed_on)
+        self._scope.cancel()
+
+    def cancel(self) -> None:
+        """Close the connection now."""
+        self._reported = True
+        self._scope.cancel()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+        if self.chosen:
+            self.exchange.relay_scope.cancel()
+
+    # --- the task ------------------------------------------------------------------------------------------
+
+    async def run(self, log_defect: Callable[[BaseException], None]) -> None:
+        """Run until the answer is chosen, has ended, or has failed."""
+        with self._scope:
+            try:
+                await self._run()
+            except Exception as error:  # noqa: BLE001  one attempt must not end the program
+                log_defect(error)
+                self._fail(Reason.GARBAGE, f"{type(error).__name__} in the load balancer")
+        if not self.chosen:
+            self.retire()
+
+    def retire(self) -> None:
+        """Give the connection back if it can carry another request, close it if not; harmless when done before."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        if self.answer is not None and self.answer.is_reusable:
+            self.endpoint.release(connection)
+        else:
+            connection.close()
+
+    async def _run(self) -> None:
+        try:
+            head = await self._send()
+        except ConnectError as error:
+            self._fail(error.reason, str(error))
+            return
+        except HttpError as error:
+            self._fail(Reason.GARBAGE, error.message)
+            return
+        except anyio.BrokenResourceError as error:
+            self._fail(Reason.RESET, str(error))
+            return
+        connection = self._connection
+        if head is None or connection is None:
+            self._fail(Reason.RESET, "")
+            return
+        self.answer = Answer(connection, head, self.exchange.request.route.ending)
+        try:
+            await self._read(self.answer)
+        except IncompleteBody as error:
+            self._fail(Reason.TRUNCATED, str(error), status=head.status)
+        except HttpError as error:
+            self._fail(Reason.GARBAGE, error.message, status=head.status)
+
+    async def _send(self) -> ResponseHead | None:
+        """Send the request and return the head of the answer; None when the server closed without a byte.
+
+        A pooled connection may have died while it was idle: then the request is sent once more on a fresh one. A
+        request that changes something is never put on a pooled one, since it could have been carried out.
+        """
+        request = self.exchange.request
+        pooled = None if request.facts.kind is RequestKind.MANAGE else self.endpoint.pooled()
+        if pooled is not None:
+            self._connection = pooled
+            self._core.dispatch(AttemptConnected(self.attempt_id))
+            received = pooled.reader.bytes_received
+            try:
+                head = await self._ask(pooled)
+            except anyio.BrokenResourceError:
+                head = None
+                if pooled.reader.bytes_received > received:
+                    raise
+            if head is not None:
+                return head
+            pooled.close()
+            self.endpoint.drop_idle()
+        self._connection = None
+        self._connection = fresh = await self.endpoint.dial()
+        if pooled is None:
+            self._core.dispatch(AttemptConnected(self.attempt_id))
+        return await self._ask(fresh)
+
+    async def _ask(self, connection: Connection) -> ResponseHead | None:
+        request = self.exchange.request
+        connection.n_requests += 1
+        head, body = request.head_for(self.endpoint.authority), request.body
+        try:
+            if len(body) <= _JOIN_BYTES_MAX:
+                await connection.stream.send(head + body)
+            else:
+                await connection.stream.send(head)
+                await connection.stream.send(body)
+        except anyio.BrokenResourceError:
+            pass  # the server may have refused before the body was sent: its answer may still be there
+        return await read_response_head(connection, request.head.method, self._head_bytes_max)
+
+    async def _read(self, answer: Answer) -> None:
+        status = answer.head.status
+        if status < 400:
+            self._core.dispatch(HeadReceived(self.attempt_id, status))
+        begun = False
+        full = False
+        while not answer.ended:
+            payload = await answer.read()
+            n_tokens = answer.watcher.feed(payload)
+            self._core.note_chunk(self.attempt_id, len(payload), n_tokens)
+            answer.held += payload
+            if not begun and status < 400 and (answer.watcher.n_tokens if answer.streams else payload):
+                begun = True
+                self._core.dispatch(FirstTokenReceived(self.attempt_id))
+            if self.chosen or self._reported:
+                return
+            if not full and len(answer.held) > self._buffer_bytes_max:
+                full = True
+                self._overflow(answer)
+                if self.chosen or self._reported:
+                    return
+                await anyio.sleep_forever()  # until it is chosen or cancelled; the server feels it as backpressure
+        self.report_end(answer)
+
+    def _overflow(self, answer: Answer) -> None:
+        if answer.head.status < 400:
+            self._core.dispatch(BufferFilled(self.attempt_id))
+        else:
+            self._fail(reason_of(answer.head.status, answer.held, passed_through=False), "a very long error", status=answer.head.status)
+
+    def report_end(self, answer: Answer) -> None:
+        """Tell the core, once, how the answer ended."""
+        status, verdict = answer.head.status, answer.verdict
+        if status >= 400:
+            passed_through = self.exchange.request.route is PASS_THROUGH
+            reason = reason_of(status, answer.held, passed_through=passed_through)
+            self._fail(reason, _shortened(answer.held), status=status, answered=True)
+        elif verdict is not None:
+            self._fail(verdict, "", status=status, answered=verdict is Reason.ERROR_LINE)
+        elif not self._reported:
+            self._reported = True
+            self._core.dispatch(StreamEnded(self.attempt_id))
+
+    def report_broken(self, reason: Reason, detail: str) -> None:
+        """Tell the core that the committed answer broke off."""
+        self._fail(reason, detail)
+
+    def _fail(self, reason: Reason, detail: str, *, status: int = 0, answered: bool = False) -> None:
+        if not self._reported:
+            self._reported = True
+            self._core.dispatch(AttemptFailed(self.attempt_id, reason, status, detail, answered=answered))
+
+
+def _shortened(body: bytes | bytearray) -> str:
+    """Return the words of an error body, for a log line."""
+    match = re.search(rb'"(?:error|message)"\s*:\s*"((?:[^"\\]|\\.)*)', body[:4096])
+    text = (match[1] if match is not None else bytes(body[:_DETAIL_CHARS_MAX])).decode(errors="replace")
+    return " ".join(text.split())[:_DETAIL_CHARS_MAX]

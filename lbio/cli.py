@@ -1,0 +1,264 @@
+"""`ollama-lb …`: the command line. Only click is imported up here; everything else when a command needs it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from lbcore import __version__
+
+# ruff: noqa: PLC0415  # `--help` must not wait for what it does not need
+
+if TYPE_CHECKING:
+    from lbcore.parsing import Problem
+    from lbio.settings import AppConfig
+    from simulator.serve import FakeServer
+    from simulator.specs import FakeSpec
+
+_C = TypeVar("_C", bound=Callable[..., Any])
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_CONFIG = 2
+EXIT_INTERRUPTED = 130
+
+_EXAMPLE_SERVERS = ("http://gpu1:11434=gpu1", "http://gpu2:11434=gpu2")
+
+
+def _examples(*lines: str) -> str:
+    """Return an epilog that click does not rewrap."""
+    return "\n".join(("\b", "Examples:" if len(lines) > 1 else "Example:", *(f"  {line}" for line in lines)))
+
+
+_FLAGS: Sequence[Callable[[Any], Any]] = (
+    click.option("-l", "--listen", metavar="ADDRESS",
+                 help="Where clients connect: host:port, :port or port. [default: 0.0.0.0:11434]"),
+    click.option("-s", "--servers", multiple=True, metavar="URL[=NAME]",
+                 help="An Ollama server; repeatable. Replaces the servers of the file."),
+    click.option("--server-file", type=click.Path(path_type=Path), metavar="FILE",
+                 help="More servers: one URL=NAME a line, # begins a comment."),
+    click.option("--timeout", metavar="TIME",
+                 help="Longest silence between two tokens, and limit for connecting: seconds, or 30s, 5m. "
+                      "[default: 1m]"),
+    click.option("--timeout-ft", metavar="TIME",
+                 help="Longest wait for the first token of a loaded model. [default: 2m]"),
+    click.option("--time-measure", metavar="TIME",
+                 help="How long tokens are counted before the most-tokens winner is chosen. [default: 2s]"),
+)
+
+
+def _with_flags(command: _C) -> _C:
+    """Add the flags that win over the file."""
+    for option in reversed(_FLAGS):
+        command = option(command)
+    return command
+
+
+_CONFIG_OPTIONAL = click.argument("config", required=False, type=click.Path(path_type=Path), metavar="[CONFIG]")
+_CONFIG = click.argument("config", type=click.Path(path_type=Path), metavar="CONFIG")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+             epilog=_examples("ollama-lb run -s http://gpu1:11434=gpu1 -s http://gpu2:11434=gpu2",
+                              "ollama-lb run my.toml", "ollama-lb check my.toml"))
+@click.version_option(__version__, prog_name="ollama-lb", message="%(prog)s %(version)s")
+def cli() -> None:
+    """One fast, dependable Ollama out of many: races chat requests over N servers."""
+
+
+# --- commands ----------------------------------------------------------------------------------------------
+
+
+@cli.command(epilog=_examples("ollama-lb run configs/demo.toml", "ollama-lb run my.toml --listen 127.0.0.1:11434",
+                              "ollama-lb run -s http://gpu1:11434=gpu1 -s http://gpu2:11434=gpu2"))
+@_CONFIG_OPTIONAL
+@_with_flags
+def run(config: Path | None, **flags: Any) -> int:
+    """Run the balancer, with the servers of CONFIG or of the flags; flags win."""
+    specs: list[FakeSpec] = []
+    app = _load(config, flags, specs)
+    if app is None:
+        return EXIT_CONFIG
+    from lbio.service import run as run_service
+
+    return run_service(app, fleet_specs=tuple(specs))
+
+
+@cli.command(epilog=_examples("ollama-lb check my.toml", "ollama-lb check my.toml --json"))
+@_CONFIG
+@_with_flags
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+def check(config: Path, *, as_json: bool, **flags: Any) -> int:
+    """Tell what CONFIG comes to, or everything that is wrong with it (exit code 2)."""
+    import json
+
+    from lbio.summary import problems_object, summary_lines, summary_object
+
+    report = (lambda problems: click.echo(json.dumps(problems_object(problems), default=str))) if as_json else None
+    app = _load(config, flags, [], report=report, quiet=True)
+    if app is None:
+        return EXIT_CONFIG
+    if as_json:
+        click.echo(json.dumps(summary_object(app)))
+    else:
+        click.echo("\n".join((f"{config}: ok", *summary_lines(app))))
+    return EXIT_OK
+
+
+@cli.command(epilog=_examples("ollama-lb init -s http://gpu1:11434=gpu1 > my.toml", "ollama-lb init --full > my.toml"))
+@_with_flags
+@click.option("--full", is_flag=True, help="Write every key, with its meaning, unit and default.")
+def init(*, full: bool, **flags: Any) -> int:
+    """Write a configuration with what the flags say to standard output."""
+    from lbio.config_file import document, dump
+
+    named = bool(flags["servers"]) or flags["server_file"] is not None
+    app = _load(None, flags if named else {**flags, "servers": _EXAMPLE_SERVERS}, [])
+    if app is None:
+        return EXIT_CONFIG
+    if not named:
+        _warn("no server is named: gpu1 and gpu2 are examples")
+    click.echo(document(app) if full else f"{_INIT_HEAD}\n{dump(app)}", nl=False)
+    return EXIT_OK
+
+
+_INIT_HEAD = """\
+# The configuration of ollama-lb; what is not named here has its default.
+# `ollama-lb init --full` writes every key with its meaning, `ollama-lb check FILE` tells what a file comes to.
+"""
+
+
+@cli.command(epilog=_examples("ollama-lb fleet configs/demo.toml"))
+@_CONFIG
+def fleet(config: Path) -> int:
+    """Serve only the fake Ollama servers of CONFIG ([[fleet]]), until Ctrl-C."""
+    from lbcore.parsing import ABSENT, Problem
+
+    specs: list[FakeSpec] = []
+    if _load(config, {}, specs, need_servers=False) is None:
+        return EXIT_CONFIG
+    if not specs:
+        problem = Problem("fleet", ABSENT, "no fake server is named", 'write [[fleet]] and below it name = "one"')
+        _report([problem])
+        return EXIT_CONFIG
+    return _run_fleet(specs)
+
+
+# --- configuration -----------------------------------------------------------------------------------------
+
+
+def _load(config: Path | None, flags: Mapping[str, Any], specs: list[FakeSpec], *, need_servers: bool = True,
+          quiet: bool = False, report: Callable[[Iterable[Problem]], None] | None = None) -> AppConfig | None:
+    """Return the configuration and fill `specs` with its fake servers; None after its problems were reported."""
+    from lbio.config_file import ConfigError, load
+
+    def check_fleet(tables: Sequence[Mapping[str, Any]], problems: list[Problem]) -> None:
+        from simulator.fleet import parse_fleet
+
+        specs.extend(parse_fleet(tables, problems))
+
+    try:
+        app = load(config, _overrides(flags), need_servers=need_servers, check_fleet=check_fleet)
+    except ConfigError as error:
+        (report or _report)(error.problems)
+        return None
+    for warning in () if quiet else app.warnings:
+        _warn(warning)
+    return app
+
+
+def _overrides(flags: Mapping[str, Any]) -> Any:
+    from lbio.config_file import Overrides
+
+    return Overrides(
+        listen=flags.get("listen"), servers=tuple(flags.get("servers", ())), server_file=flags.get("server_file"),
+        timeout_s=flags.get("timeout"), timeout_ft_s=flags.get("timeout_ft"), time_measure_s=flags.get("time_measure"))
+
+
+def _report(problems: Iterable[Problem]) -> None:
+    for problem in problems:
+        click.echo(str(problem), err=True)
+
+
+def _warn(text: str) -> None:
+    click.echo(f"warning: {text}", err=True)
+
+
+# --- the fake servers alone --------------------------------------------------------------------------------
+
+
+def _run_fleet(specs: Sequence[FakeSpec]) -> int:
+    import anyio
+
+    failures: list[OSError] = []
+    try:
+        anyio.run(_serve_fleet, specs)
+    except* OSError as group:
+        failures.extend(_leaves(group))
+    for failure in failures:
+        click.echo(f"cannot serve the fake servers: {failure.strerror or failure}", err=True)
+    return EXIT_FAILED if failures else EXIT_OK
+
+
+def _leaves(group: BaseExceptionGroup[OSError]) -> Iterable[OSError]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+async def _serve_fleet(specs: Sequence[FakeSpec]) -> None:
+    from simulator.serve import serve_fleet
+
+    async with serve_fleet(specs) as servers:
+        click.echo("\n".join(_fleet_lines(servers)))
+        sys.stdout.flush()
+        await _stop_signal()
+
+
+def _fleet_lines(servers: Sequence[FakeServer]) -> Iterable[str]:
+    """Yield the address of each fake server, and a request to paste."""
+    width = max(len(server.spec.name) for server in servers)
+    for server in servers:
+        models = ", ".join(model.name for model in server.spec.models)
+        yield f"{server.spec.name.ljust(width)}  {server.url}  {models}"
+    first = servers[0]
+    model = first.spec.models[0].name if first.spec.models else "llama3.2"
+    body = f'{{"model":"{model}","messages":[{{"role":"user","content":"hello"}}]}}'
+    yield f"try: curl {first.url}/api/chat -d '{body}'"
+
+
+async def _stop_signal() -> None:
+    """Return at SIGINT or SIGTERM; where these cannot be received, KeyboardInterrupt ends the loop instead."""
+    import anyio
+
+    if sys.platform == "win32":
+        await anyio.sleep_forever()
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            return
+
+
+# --- entry point -------------------------------------------------------------------------------------------
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; nobody gets a traceback for a mistake of their own."""
+    try:
+        result = cli.main(args=args, prog_name="ollama-lb", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    return result if isinstance(result, int) else EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

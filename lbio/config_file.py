@@ -1,0 +1,274 @@
+"""A TOML file and command-line flags into an `AppConfig`; or every problem there is with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lbcore.config import Config
+from lbcore.parsing import ABSENT, Keys, Problem, RefusedError, parse_table, show
+from lbcore.schema import Field, fields_of, format_value, join, keys_of, walk
+from lbio.addresses import Address, parse_listen
+from lbio.config_routes import ROUTE_KEYS, parse_routes
+from lbio.config_servers import (
+    SERVER_KEYS,
+    Keyed,
+    parse_server_flags,
+    parse_servers,
+    read_text,
+    refuse_loops,
+    server_warnings,
+)
+from lbio.config_text import document, dump
+from lbio.settings import DEFAULT_LISTEN, AdminAccess, AppConfig
+
+__all__ = ["AppConfig", "ConfigError", "Overrides", "Problem", "document", "dump", "load", "parse"]
+
+FleetCheck = Callable[[Sequence[Mapping[str, Any]], list[Problem]], object]
+"""Appends what is wrong with the `[[fleet]]` tables; only the simulator understands them."""
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; `problems` has all that is wrong with it, in the order of the file."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overrides:
+    """What the command line says; it wins over the file. Times are seconds, or text with a unit."""
+
+    listen: str | None = None
+    servers: tuple[str, ...] = ()  # "URL=NAME" or "URL"
+    server_file: Path | None = None
+    timeout_s: float | str | None = None  # timeouts.silence; timeouts.connect is never above it
+    timeout_ft_s: float | str | None = None  # timeouts.first_token_warm; first_token_cold is never below it
+    time_measure_s: float | str | None = None  # race.measure
+
+    @property
+    def name_servers(self) -> bool:
+        """Whether the servers of the file are replaced."""
+        return bool(self.servers) or self.server_file is not None
+
+
+NO_OVERRIDES = Overrides()
+
+_FLAGS: Sequence[tuple[str, str, str, str]] = (
+    ("timeout_s", "--timeout", "timeouts", "silence"),
+    ("timeout_ft_s", "--timeout-ft", "timeouts", "first_token_warm"),
+    ("time_measure_s", "--time-measure", "race", "measure"),
+)
+"""(field of `Overrides`, flag, table, key) of the flags that set one key."""
+
+_ORDERED: Sequence[tuple[str, str]] = (
+    ("race.racers_min", "race.racers_max"),
+    ("race.hedge_delay_min", "race.hedge_delay_initial"),
+    ("race.hedge_delay_initial", "race.hedge_delay_max"),
+    ("health.success", "health.value_max"),
+    ("health.fastest", "health.value_max"),
+    ("probe.interval_dead", "probe.interval_dead_max"),
+    ("timeouts.first_token_warm", "timeouts.first_token_cold"),
+    ("limits.body_bytes_max", "limits.bodies_bytes_max"),
+)
+"""Pairs of keys of which the first must not exceed the second."""
+
+_CORE_TABLES = frozenset(field.key for field in fields_of(Config))
+_OWN_PARSERS = frozenset({"servers", "routes", "fleet"})
+_ALL_KEYS: Keys = (*keys_of(AppConfig), *keys_of(Config), *SERVER_KEYS, *ROUTE_KEYS, ("", "fleet"))
+
+NO_SERVERS = Problem("servers", ABSENT, "no server is named",
+                     'write [[servers]] and below it url = "http://gpu1:11434", or give the flag '
+                     "-s http://gpu1:11434=gpu1")
+
+
+# --- reading files -----------------------------------------------------------------------------------------
+
+
+def load(path: Path | None, overrides: Overrides = NO_OVERRIDES, *, need_servers: bool = True,
+         check_fleet: FleetCheck | None = None) -> AppConfig:
+    """Return the configuration of the file at `path` (None: the defaults) under `overrides`."""
+    raw = {} if path is None else read_toml(path)
+    base = None if path is None else path.resolve().parent
+    return parse(raw, overrides, base=base, need_servers=need_servers, check_fleet=check_fleet)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file as they are written."""
+    problems: list[Problem] = []
+    text = read_text(path, str(path), problems)
+    if text is None:
+        raise ConfigError(problems)
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError([Problem(str(path), ABSENT, "is nested too deeply", "write plain tables")]) from None
+    except ValueError as error:  # TOMLDecodeError, or a number with thousands of digits
+        raise ConfigError([_syntax_problem(path, str(error))]) from None
+
+
+_AT_LINE = re.compile(r" \(at line (\d+), column (\d+)\)")
+
+
+def _syntax_problem(path: Path, message: str) -> Problem:
+    where = _AT_LINE.search(message)
+    key = f"{path}:{where[1]}" if where else str(path)
+    what = _AT_LINE.sub(r" (column \2)", message)
+    twice = message.startswith("Cannot")
+    fix = "each key and each table may stand there once" if twice else 'write key = value, with text in "quotes"'
+    return Problem(key, ABSENT, f"is not TOML: {what}", fix)
+
+
+# --- tables and flags into settings ------------------------------------------------------------------------
+
+
+def parse(raw: Mapping[str, Any], overrides: Overrides = NO_OVERRIDES, *, base: Path | None = None,
+          need_servers: bool = True, check_fleet: FleetCheck | None = None) -> AppConfig:
+    """Return the configuration that the tables `raw` make under `overrides`, or raise `ConfigError`.
+
+    `base` is the directory in which relative file names are looked for; None leaves them as they are.
+    """
+    problems: list[Problem] = []
+    warnings: list[str] = []
+    raw, flag_of = _overlay(raw, overrides)
+    app, core = _parse_tables(raw, problems)
+    core = _within_flags(core, overrides)
+    listen = _parse_listen(app.listen, problems)
+    servers = _servers(raw, overrides, problems, warnings, base)
+    refuse_loops(servers, listen, problems)
+    fleet = _fleet(raw, overrides, servers, problems, warnings)
+    if fleet and check_fleet is not None:
+        check_fleet(fleet, problems)
+    routes = parse_routes(raw.get("routes", {}), core.race, problems, _ALL_KEYS)
+    _check_order(raw, app, core, problems)
+    if need_servers and not (servers or fleet or problems):
+        problems.append(NO_SERVERS)
+    if problems:
+        raise ConfigError(_sorted(problems, raw, flag_of))
+    core = dataclasses.replace(core, servers=tuple(server for _, server in servers), routes=routes)
+    app = dataclasses.replace(app, listen=str(listen), core=core, fleet=fleet)
+    return dataclasses.replace(app, warnings=(*warnings, *server_warnings(servers), *_app_warnings(app)))
+
+
+def _overlay(raw: Mapping[str, Any], overrides: Overrides) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return `raw` with the flags written into it, and which flag has set which key."""
+    merged = dict(raw)
+    flag_of: dict[str, str] = {}
+    if overrides.listen is not None:
+        merged["listen"], flag_of["listen"] = overrides.listen, "--listen"
+    elif isinstance(listen := merged.get("listen"), int) and not isinstance(listen, bool):
+        merged["listen"] = str(listen)
+    for field, flag, table, key in _FLAGS:
+        value, under = getattr(overrides, field), merged.get(table, {})
+        if value is not None and isinstance(under, Mapping):
+            merged[table] = {**under, key: _number_or_text(value)}
+            flag_of[join(table, key)] = flag
+    return merged, flag_of
+
+
+def _number_or_text(value: float | str) -> float | str:
+    """Return the number that a flag's text is, if it is one: flags have no quotes to tell them apart."""
+    if not isinstance(value, str):
+        return value
+    for number in (int, float):
+        try:
+            return number(value)
+        except (ValueError, OverflowError):
+            continue
+    return value
+
+
+def _parse_tables(raw: Mapping[str, Any], problems: list[Problem]) -> tuple[AppConfig, Config]:
+    core_raw = {key: value for key, value in raw.items() if key in _CORE_TABLES}
+    app_raw = {key: value for key, value in raw.items() if key not in _CORE_TABLES | _OWN_PARSERS}
+    app = parse_table(AppConfig, app_raw, "", problems, also=_ALL_KEYS) or AppConfig()
+    core = parse_table(Config, core_raw, "", problems, also=_ALL_KEYS) or Config()
+    return app, core
+
+
+def _within_flags(core: Config, overrides: Overrides) -> Config:
+    """Return `core` with the timeouts that no flag sets kept in order with those that one does."""
+    timeouts = core.timeouts
+    if overrides.timeout_s is not None:
+        timeouts = dataclasses.replace(timeouts, connect_ns=min(timeouts.connect_ns, timeouts.silence_ns))
+    if overrides.timeout_ft_s is not None:
+        cold_ns = max(timeouts.first_token_cold_ns, timeouts.first_token_warm_ns)
+        timeouts = dataclasses.replace(timeouts, first_token_cold_ns=cold_ns)
+    return dataclasses.replace(core, timeouts=timeouts)
+
+
+def _parse_listen(text: str, problems: list[Problem]) -> Address:
+    try:
+        return parse_listen(text)
+    except RefusedError as error:
+        problems.append(Problem("listen", text, error.message, error.fix))
+        return parse_listen(DEFAULT_LISTEN)
+
+
+def _servers(raw: Mapping[str, Any], overrides: Overrides, problems: list[Problem], warnings: list[str],
+             base: Path | None) -> list[Keyed]:
+    if overrides.name_servers:
+        return parse_server_flags(overrides.servers, overrides.server_file, problems, warnings)
+    return parse_servers(raw.get("servers", []), problems, _ALL_KEYS, base)
+
+
+def _fleet(raw: Mapping[str, Any], overrides: Overrides, servers: Iterable[Keyed], problems: list[Problem],
+           warnings: list[str]) -> tuple[Mapping[str, Any], ...]:
+    """Return the `[[fleet]]` tables as they are written."""
+    tables = raw.get("fleet", [])
+    if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
+        problems.append(Problem("fleet", tables, "is not a list of tables", "write [[fleet]] above each fake server"))
+        return ()
+    if tables and overrides.name_servers:
+        warnings.append("--servers: the fake servers of [[fleet]] are not started")
+        return ()
+    named = {server.name: key for key, server in servers}
+    for index, table in enumerate(tables):
+        if (name := table.get("name")) in named:
+            problems.append(Problem(f"fleet[{index}].name", name, f"is also the name of {named[name]}",
+                                    "give each server a name of its own"))
+    return tuple(tables)
+
+
+# --- checks across keys ------------------------------------------------------------------------------------
+
+
+def _check_order(raw: Mapping[str, Any], app: AppConfig, core: Config, problems: list[Problem]) -> None:
+    """Append a problem for each pair of `_ORDERED` that is the wrong way round, if both are sound by themselves."""
+    wrong = {problem.key for problem in problems}
+    held = {join(table, field.key): (field, value) for part in (app, core) for table, field, value in walk(part)}
+    for low_key, high_key in _ORDERED:
+        (low_field, low), (high_field, high) = held[low_key], held[high_key]
+        if low > high and not {low_key, high_key} & wrong:
+            message = (f"{_by_default(raw, low_key)}is more than {high_key}, which is "
+                       f"{_as_written(high_field, high)}{_by_default(raw, high_key)}").rstrip()
+            value = low if low_field.setting is None else format_value(low_field.setting.kind, low)
+            problems.append(Problem(low_key, value, message, "lower the one or raise the other"))
+
+
+def _by_default(raw: Mapping[str, Any], key: str) -> str:
+    """Return a remark for a value that the file does not mention."""
+    table, _, name = key.rpartition(".")
+    return "" if name in raw.get(table, {}) else "(the default) "
+
+
+def _as_written(field: Field, value: Any) -> str:
+    return show(value if field.setting is None else format_value(field.setting.kind, value)) + " "
+
+
+def _app_warnings(app: AppConfig) -> Iterable[str]:
+    if app.admin.allow is AdminAccess.ANY:
+        yield f'admin.allow = "any": whoever reaches {app.listen} may add and remove servers'
+
+
+def _sorted(problems: Iterable[Problem], raw: Mapping[str, Any], flag_of: Mapping[str, str]) -> list[Problem]:
+    """Return the problems in the order of the file, flags first and under their own names."""
+    order = {key: index for index, key in enumerate(raw)}
+    renamed = [dataclasses.replace(problem, key=flag_of.get(problem.key, problem.key)) for problem in problems]
+    return sorted(renamed, key=lambda problem: order.get(re.split(r"[.\[]", problem.key)[0], -1))

@@ -1,0 +1,156 @@
+"""An `AppConfig` as TOML: only what differs from the defaults (`dump`), or every key explained (`document`)."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tomli_w
+
+from lbcore.config import ServerSettings
+from lbcore.ollama import PASS_THROUGH, ROUTES, Route
+from lbcore.parsing import quote, show
+from lbcore.schema import Field, Setting, describe_setting, fields_of, format_value, join, walk
+from lbio.addresses import parse_server_url
+from lbio.config_routes import dump_routes
+from lbio.settings import AppConfig
+
+# --- what differs ------------------------------------------------------------------------------------------
+
+
+def dump(app: AppConfig) -> str:
+    """Return the TOML text that `parse` reads back as `app`; its warnings come back by themselves."""
+    tree: dict[str, Any] = {}
+    for part in (app, app.core):
+        defaults = {(table, field.key): value for table, field, value in walk(type(part)())}
+        for table, field, value in walk(part):
+            if value != defaults[table, field.key]:
+                below = tree.setdefault(table, {}) if table else tree
+                below[field.key] = _written(field, value)
+    scalars = {key: value for key, value in tree.items() if not isinstance(value, dict)}
+    tables = {"fleet": list(app.fleet), "routes": dump_routes(app.core.routes, app.core.race),
+              **{key: value for key, value in tree.items() if key not in scalars}}
+    texts = [
+        tomli_w.dumps(scalars),
+        *(f"[[servers]]\n{tomli_w.dumps(_dump_server(server))}" for server in app.core.servers),
+        tomli_w.dumps({key: value for key, value in tables.items() if value}),
+    ]
+    return "\n".join(text for text in texts if text)
+
+
+def _written(field: Field, value: Any) -> Any:
+    return value if field.setting is None else format_value(field.setting.kind, value)
+
+
+def _dump_server(server: ServerSettings) -> dict[str, Any]:
+    default = ServerSettings(url=server.url, name=str(parse_server_url(server.url).address))
+    return {field.key: value for _, field, value in walk(server)
+            if field.mandatory or value != getattr(default, field.name)}
+
+
+# --- every key explained -----------------------------------------------------------------------------------
+
+_HEAD = """\
+The configuration of ollama-lb, every key once: what it means, its unit or its choices, its default.
+Only [[servers]] is mandatory: a key that is left out has its default, and here all others stand at it.
+
+durations: "300ms", "1.5s", "5m", "1h30m", or a number of seconds
+sizes:     "64KiB", "64MiB", "1GiB", "64MB" (millions), or a number of bytes
+
+ollama-lb check FILE  tells what a file comes to, and all that is wrong with it.
+"""
+_WIDTH = 108
+_ROUTE_WIDTH = 38
+EXAMPLE_SERVERS = (ServerSettings(url="http://gpu1:11434", name="gpu1"),
+                   ServerSettings(url="http://gpu2:11434", name="gpu2"))
+
+_SERVERS_HEAD = "The Ollama servers; one [[servers]] each. The second shows the least that is needed."
+_ROUTES_HEAD = """\
+How each route is forwarded; what is not listed here, "*" decides.
+
+local: answered here. aggregate: made of what is known of all servers. sequential: one server after the other \
+until one answers. race: several at once. hedge: the next one only after the hedge delay. \
+broadcast: all that are concerned.
+
+A table says more and takes the rest from [race]:
+"/api/chat" = { strategy = "race", winner = "first-token", racers_max = 3, hedges_max = 0 }
+"""
+
+
+def document(app: AppConfig | None = None) -> str:
+    """Return TOML text that has every key once, with a comment; `configs/prod.toml` is this for the defaults."""
+    app = AppConfig() if app is None else app
+    servers = app.core.servers or EXAMPLE_SERVERS
+    blocks = [_comment(_HEAD), *_settings_blocks(app), _rule(_SERVERS_HEAD), *_server_blocks(servers)]
+    blocks += [_rule(_ROUTES_HEAD), _routes_block(app)]
+    for part in (app.core, app):
+        for field in fields_of(type(part)):
+            if field.section is not None:
+                blocks += [_rule(f"{field.why[:1].upper()}{field.why[1:]}."), f"[{field.key}]"]
+                blocks += _settings_blocks(getattr(part, field.name))
+    return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
+
+
+def _comment(text: str) -> str:
+    """Return `text` as comment lines of bearable length; its own line ends are kept."""
+    lines = [wrapped for line in text.strip("\n").split("\n")
+             for wrapped in textwrap.wrap(line, _WIDTH - 2, break_long_words=False, break_on_hyphens=False) or [""]]
+    return "\n".join(f"# {line}".rstrip() for line in lines)
+
+
+def _rule(text: str) -> str:
+    return f"# {'-' * (_WIDTH - 2)}\n{_comment(text)}"
+
+
+def _settings_blocks(instance: Any) -> Iterator[str]:
+    """Yield comment and line of each key that stands directly in the table of `instance`."""
+    for field in fields_of(type(instance)):
+        if field.setting is not None:
+            yield _key_block(field, field.setting, getattr(instance, field.name))
+
+
+def _key_block(field: Field, declared: Setting, value: Any) -> str:
+    comment = _comment(f"{field.why}\n{_allowed(field, declared)}")
+    if value is None:  # TOML has no word for it
+        return f"{comment}\n# {field.key} = 1"
+    return f"{comment}\n{field.key} = {_toml(format_value(declared.kind, value))}"
+
+
+def _allowed(field: Field, declared: Setting) -> str:
+    """Return unit or choices and the default: `duration, 1ms or more; default "3s"`."""
+    if field.mandatory:
+        default = "mandatory"
+    elif field.default is None:
+        default = "no default"
+    else:
+        default = f"default {show(format_value(declared.kind, field.default))}"
+    return f"{describe_setting(declared)}; {default}"
+
+
+def _toml(value: Any) -> str:
+    return quote(value) if isinstance(value, str) else show(value)
+
+
+def _server_blocks(servers: tuple[ServerSettings, ...]) -> Iterator[str]:
+    """Yield the first server with every key explained, and each further one as short as it can be."""
+    yield "[[servers]]"
+    yield from _settings_blocks(servers[0])
+    for server in servers[1:]:
+        lines = [f"{key} = {_toml(value)}" for key, value in _dump_server(server).items()]
+        yield "\n".join(("[[servers]]", *lines))
+
+
+def _routes_block(app: AppConfig) -> str:
+    changed = dump_routes(app.core.routes, app.core.race)
+    lines = [_route_line(route, changed.get(route.name, str(route.strategy))) for route in (*ROUTES, PASS_THROUGH)]
+    return "\n".join(("[routes]", *lines))
+
+
+def _route_line(route: Route, value: str | Mapping[str, Any]) -> str:
+    pairs = ", ".join(f"{key} = {_toml(it)}" for key, it in value.items()) if isinstance(value, Mapping) else ""
+    text = f"{{ {pairs} }}" if pairs else _toml(value)
+    allowed = f"one of {', '.join(route.allowed)}" if len(route.allowed) > 1 else f"only {route.strategy}"
+    return f"{join('', route.name)} = {text}".ljust(_ROUTE_WIDTH) + f"  # {allowed}; default {route.strategy}"
+
+

@@ -1,0 +1,231 @@
+"""Drives the core: events in, commands carried out at once, one timer. Nothing is awaited in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import anyio
+from anyio.abc import TaskGroup
+
+from lbcore.balancer import LoadBalancer
+from lbcore.commands import (
+    AbortRequest,
+    CancelAttempt,
+    CancelProbe,
+    Command,
+    CommitAttempt,
+    ForgetServer,
+    PassAnswer,
+    RecordDecision,
+    RejectRequest,
+    StartAttempt,
+    StartProbe,
+)
+from lbcore.config import ServerSettings
+from lbcore.events import Event, RequestArrived
+from lbcore.records import Server
+from lbcore.schema import SECOND_NS
+from lbio.attempt import AttemptRun
+from lbio.exchange import ClientRequest, Exchange
+from lbio.logs import Log
+from lbio.prober import Probe
+from lbio.settings import AppConfig
+from lbio.tls import client_context
+from lbio.upstream import Endpoint
+
+
+class Driver:
+    """Carries out what the core commands, and owns the tasks that it takes."""
+
+    def __init__(
+        self, balancer: LoadBalancer, app: AppConfig, tasks: TaskGroup, log: Log, clock: Callable[[], int]
+    ) -> None:
+        self.balancer = balancer
+        self.app = app
+        self.log = log
+        self.clock = clock
+        self._tasks = tasks
+        self._exchanges: dict[int, Exchange] = {}
+        self._runs: dict[int, AttemptRun] = {}
+        self._probes: dict[int, Probe] = {}
+        self._endpoints: dict[int, Endpoint] = {}
+        self._probe_ended = anyio.Event()
+        self._timer_due_ns: int | None = None
+        self._timer_poke = anyio.Event()
+        self._execute: Mapping[type, Callable[[Any], None]] = {
+            StartAttempt: self._start_attempt,
+            CancelAttempt: self._cancel_attempt,
+            CommitAttempt: self._commit_attempt,
+            PassAnswer: self._pass_answer,
+            RejectRequest: self._reject_request,
+            AbortRequest: self._abort_request,
+            StartProbe: self._start_probe,
+            CancelProbe: self._cancel_probe,
+            ForgetServer: self._forget_server,
+            RecordDecision: log.decision,
+        }
+
+    # --- events --------------------------------------------------------------------------------------------
+
+    def dispatch(self, event: Event) -> None:
+        """Give the core an event and carry out what it commands, before anything else happens."""
+        self._carry_out(self.balancer.handle(event, self.clock()))
+
+    def note_chunk(self, attempt_id: int, n_bytes: int, n_tokens: int) -> None:
+        """Count a piece of an answer."""
+        self.balancer.note_chunk(attempt_id, n_bytes, n_tokens, self.clock())
+
+    def note_paused(self, attempt_id: int, *, paused: bool) -> None:
+        """Tell the core that an answer is, or is not, being read."""
+        self.balancer.note_paused(attempt_id, paused=paused, now_ns=self.clock())
+
+    def _carry_out(self, commands: list[Command]) -> None:
+        for command in commands:
+            self._execute[type(command)](command)
+        due_ns = self.balancer.next_deadline()
+        if due_ns is not None and (self._timer_due_ns is None or due_ns < self._timer_due_ns):
+            self._timer_due_ns = due_ns
+            self._timer_poke.set()
+
+    async def run_timer(self) -> None:
+        """Keep the one timer of the core, for ever."""
+        while True:
+            self._timer_poke = anyio.Event()
+            due_ns = self._timer_due_ns = self.balancer.next_deadline()
+            wait_s = None if due_ns is None else max(0.0, (due_ns - self.clock()) / SECOND_NS)
+            with anyio.move_on_after(wait_s):
+                await self._timer_poke.wait()
+                continue
+            self._timer_due_ns = None
+            self._carry_out(self.balancer.handle_timeout(self.clock()))
+
+    # --- requests ------------------------------------------------------------------------------------------
+
+    def open(self, request: ClientRequest) -> Exchange:
+        """Give the core a request; what becomes of it is written into the exchange."""
+        exchange = Exchange(request)
+        self._exchanges[request.request_id] = exchange
+        self.log.request(request)
+        self.dispatch(
+            RequestArrived(
+                request.request_id,
+                request.route.name,
+                request.facts.model,
+                request.facts.kind,
+                stream=request.facts.stream,
+                generates=request.route.generates,
+                runner_key=request.facts.runner_key,
+            )
+        )
+        return exchange
+
+    def close(self, exchange: Exchange) -> None:
+        """Forget a request, whose client has been answered or is gone."""
+        self._exchanges.pop(exchange.request.request_id, None)
+        self.log.forget(exchange.request)
+        if exchange.chosen is not None:
+            exchange.chosen.retire()
+            self._forget_if_over(exchange.chosen)
+        exchange.runs.clear()
+
+    @property
+    def n_requests(self) -> int:
+        """Requests whose clients have not got everything yet."""
+        return len(self._exchanges)
+
+    def _start_attempt(self, command: StartAttempt) -> None:
+        exchange = self._exchanges[command.request_id]
+        exchange.n_attempts += 1
+        limits = self.app.limits
+        run = AttemptRun(
+            command.attempt_id, exchange, self._endpoint(command.server_id), self, limits.head_bytes_max, limits.buffer_bytes_max
+        )
+        self._runs[command.attempt_id] = exchange.runs[command.attempt_id] = run
+        self._tasks.start_soon(self._run_attempt, run)
+
+    async def _run_attempt(self, run: AttemptRun) -> None:
+        try:
+            await run.run(self.log.defect)
+        finally:
+            self._forget_if_over(run)
+
+    def _forget_if_over(self, run: AttemptRun) -> None:
+        if run.attempt_id not in self.balancer.ledger.attempts:
+            self._runs.pop(run.attempt_id, None)
+
+    def _cancel_attempt(self, command: CancelAttempt) -> None:
+        run = self._runs.pop(command.attempt_id, None)
+        if run is not None:
+            run.cancel()
+            if not run.chosen:
+                run.exchange.runs.pop(command.attempt_id, None)
+
+    def _commit_attempt(self, command: CommitAttempt) -> None:
+        self._exchanges[command.request_id].runs[command.attempt_id].choose(passed_on=False)
+
+    def _pass_answer(self, command: PassAnswer) -> None:
+        self._exchanges[command.request_id].runs[command.attempt_id].choose(passed_on=True)
+
+    def _reject_request(self, command: RejectRequest) -> None:
+        exchange = self._exchanges.get(command.request_id)
+        if exchange is not None:
+            exchange.reject(command)
+
+    def _abort_request(self, command: AbortRequest) -> None:
+        exchange = self._exchanges.get(command.request_id)
+        if exchange is not None:
+            exchange.abort(command.message)
+
+    # --- servers -------------------------------------------------------------------------------------------
+
+    def _endpoint(self, server_id: int) -> Endpoint:
+        endpoint = self._endpoints.get(server_id)
+        if endpoint is None:
+            settings = self.balancer.fleet.servers[server_id].settings
+            endpoint = self._endpoints[server_id] = self.new_endpoint(settings)
+        return endpoint
+
+    def new_endpoint(self, settings: ServerSettings) -> Endpoint:
+        """Return the connections to a server, none of them open yet. Raises OSError for an unusable ca_file."""
+        return Endpoint(settings.name, settings.url, client_context(settings), self.app.pool, self.clock)
+
+    def _start_probe(self, command: StartProbe) -> None:
+        probe = Probe(command.server_id, command.probe_id, self._endpoint(command.server_id), self)
+        self._probes[command.probe_id] = probe
+        self._tasks.start_soon(self._run_probe, probe)
+
+    async def _run_probe(self, probe: Probe) -> None:
+        try:
+            await probe.run(self.log.defect)
+        finally:
+            self._probes.pop(probe.probe_id, None)
+            self._probe_ended.set()
+            self._probe_ended = anyio.Event()
+
+    async def wait_probed(self, still_awaited: Callable[[Server], bool]) -> None:
+        """Wait until no server is left for which `still_awaited` holds; looked at whenever a probe has ended."""
+        while any(still_awaited(server) for server in self.balancer.fleet):
+            await self._probe_ended.wait()
+
+    def _cancel_probe(self, command: CancelProbe) -> None:
+        probe = self._probes.pop(command.probe_id, None)
+        if probe is not None:
+            probe.cancel()
+
+    def _forget_server(self, command: ForgetServer) -> None:
+        endpoint = self._endpoints.pop(command.server_id, None)
+        if endpoint is not None:
+            endpoint.close()
+
+    async def sweep_pools(self) -> None:
+        """Close connections that have been idle for too long, for ever."""
+        while True:
+            await anyio.sleep(max(1.0, self.app.pool.idle_timeout_ns / SECOND_NS / 2))
+            for endpoint in self._endpoints.values():
+                endpoint.sweep()
+
+    def close_pools(self) -> None:
+        """Close every idle connection."""
+        for endpoint in self._endpoints.values():
+            endpoint.close()

@@ -1,0 +1,66 @@
+"""One request as the I/O layer holds it while the core decides about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import anyio
+
+from lbcore.commands import RejectRequest
+from lbcore.ollama import BodyFacts, Route, Shape
+from lbio.http1 import Headers, RequestHead, serialize_request
+
+if TYPE_CHECKING:
+    from lbio.attempt import AttemptRun
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRequest:
+    """What a client asked: read whole, and not changed any more."""
+
+    request_id: int
+    tag: str  # how the request is called in headers and logs
+    head: RequestHead
+    route: Route
+    shape: Shape
+    facts: BodyFacts
+    body: bytes
+    headers: Headers  # as servers get them, but for `Host`
+
+    def head_for(self, authority: bytes) -> bytes:
+        """Return the request head for one server. Raises ValueError for what must not be written."""
+        return serialize_request(self.head.method, self.head.target, [(b"Host", authority), *self.headers])
+
+
+class Exchange:
+    """What the core has decided about one request so far. Written by the driver, read by the client's connection."""
+
+    __slots__ = ("aborted", "chosen", "decided", "n_attempts", "passed_on", "rejected", "relay_scope", "request", "runs")
+
+    def __init__(self, request: ClientRequest) -> None:
+        self.request = request
+        self.runs: dict[int, AttemptRun] = {}  # those whose answer may still be wanted
+        self.decided = anyio.Event()
+        self.chosen: AttemptRun | None = None  # whose answer the client gets
+        self.passed_on = False  # it is an error, held whole
+        self.rejected: RejectRequest | None = None  # an answer of our own instead
+        self.aborted: str | None = None  # why a committed stream ends early
+        self.relay_scope = anyio.CancelScope()
+        self.n_attempts = 0
+
+    def choose(self, run: AttemptRun, *, passed_on: bool) -> None:
+        """Give the client this attempt's answer."""
+        self.chosen = run
+        self.passed_on = passed_on
+        self.decided.set()
+
+    def reject(self, command: RejectRequest) -> None:
+        """Give the client an error of our own."""
+        self.rejected = command
+        self.decided.set()
+
+    def abort(self, why: str) -> None:
+        """End the committed stream as broken."""
+        self.aborted = why
+        self.relay_scope.cancel()

@@ -1,0 +1,101 @@
+"""Which headers go on, in both directions, and which are added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lbio.http1 import Framing, HeaderPairs, Headers, RequestHead, ResponseHead
+from lbio.settings import Forwarded
+
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+"""Headers that concern one connection only (RFC 9110 §7.6.1)."""
+
+_NOT_UPSTREAM = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"origin"}
+# Host is each server's own; Origin would be refused by an Ollama bound to loopback (design §7.13).
+_NOT_DOWNSTREAM = HOP_BY_HOP | {b"content-length"}
+_OURS = b"x-ollama-lb-"
+
+
+def end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes] | set[bytes]) -> Headers:
+    """Return the headers that go on: without `dropped`, and without those that `Connection` names."""
+    pairs = list(headers)
+    named = {
+        token.strip().lower() for name, value in pairs if name == b"connection" for token in value.split(b",")
+    }
+    return [(name, value) for name, value in pairs if name not in dropped and name not in named]
+
+
+def upstream_headers(head: RequestHead, n_body_bytes: int, client: str, forwarded: Forwarded) -> Headers:
+    """Return the headers of the request as servers get it, but for `Host`."""
+    headers = [pair for pair in end_to_end(head.headers, _NOT_UPSTREAM) if not pair[0].startswith(_OURS)]
+    if forwarded is Forwarded.X_FORWARDED_FOR:
+        headers = _appended(headers, b"x-forwarded-for", client.encode())
+    elif forwarded is Forwarded.FORWARDED:
+        node = f'"[{client}]"' if ":" in client else client
+        headers = _appended(headers, b"forwarded", f"for={node}".encode())
+    if n_body_bytes or head.framing is not Framing.NONE:
+        headers.append((b"Content-Length", b"%d" % n_body_bytes))
+    return headers
+
+
+def _appended(headers: Headers, name: bytes, value: bytes) -> Headers:
+    """Return the headers with `value` at the end of the list in `name`: proxies before us stay visible."""
+    before = [v for n, v in headers if n == name]
+    return [*[pair for pair in headers if pair[0] != name], (name, b", ".join([*before, value]))]
+
+
+def downstream_headers(
+    head: ResponseHead, request: RequestHead, *, close: bool, ours: HeaderPairs
+) -> tuple[Headers, Framing]:
+    """Return the headers of an answer as the client gets it, and how its body is framed.
+
+    Framing is kept as the server chose it where the client can read it; a client of HTTP/1.0 reads to the end.
+    """
+    headers = [
+        (canonical(name), value)
+        for name, value in end_to_end(head.headers, _NOT_DOWNSTREAM)
+        if not name.startswith(_OURS)
+    ]
+    headers += ours
+    framing = head.framing
+    if framing is Framing.LENGTH:
+        headers.append((b"Content-Length", b"%d" % head.content_length))
+    elif framing is Framing.NONE:
+        length = head.header(b"content-length")
+        if length is not None and request.method == "HEAD":
+            headers.append((b"Content-Length", length))
+    elif request.http_version == "1.0":
+        framing = Framing.CLOSE
+    else:
+        framing = Framing.CHUNKED
+        headers.append((b"Transfer-Encoding", b"chunked"))
+    if close or framing is Framing.CLOSE:
+        headers.append((b"Connection", b"close"))
+    elif request.http_version == "1.0":
+        headers.append((b"Connection", b"keep-alive"))
+    return headers, framing
+
+
+_CANONICAL: dict[bytes, bytes] = {}
+
+
+def canonical(name: bytes) -> bytes:
+    """Return a header's name as Ollama (Go) writes it: `content-type` -> `Content-Type`."""
+    known = _CANONICAL.get(name)
+    if known is None:
+        known = b"-".join([part.capitalize() for part in name.split(b"-")])
+        if len(_CANONICAL) < 256:
+            _CANONICAL[name] = known
+    return known

@@ -1,0 +1,129 @@
+"""The log, on standard error: one line for each decision, readable or as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lbcore.commands import Decision, RecordDecision
+from lbcore.schema import MS_NS
+from lbio.exchange import ClientRequest
+from lbio.settings import LogFormat, LogSettings
+
+_log = logging.getLogger("ollama_lb")
+
+
+def set_up(settings: LogSettings) -> None:
+    """Send what is logged to standard error, in the format and from the level asked for."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if settings.format is LogFormat.JSON else _TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(settings.level.upper())
+
+
+class _TextFormatter(logging.Formatter):
+    """`12:34:56.789 WARNING what happened`; the usual level is left out."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        level = "" if record.levelno == logging.INFO else f"{record.levelname} "
+        return f"{clock}.{int(record.msecs):03d} {level}{record.getMessage()}"
+
+
+class _JsonFormatter(logging.Formatter):
+    """One object a line; a decision's fields are members of their own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = {"time": record.created, "level": record.levelname.lower(), "message": record.getMessage()}
+        fields.update(getattr(record, "fields", {}))
+        return json.dumps(fields, ensure_ascii=False)
+
+
+class Log:
+    """Tells of decisions, with requests under the names their clients see."""
+
+    def __init__(self, settings: LogSettings) -> None:
+        self._enabled = settings.decisions and _log.isEnabledFor(logging.INFO)
+        self._as_json = settings.format is LogFormat.JSON
+        self._requests: dict[int, ClientRequest] = {}
+
+    def request(self, request: ClientRequest) -> None:
+        """Know a request from now on."""
+        if self._enabled:
+            self._requests[request.request_id] = request
+
+    def forget(self, request: ClientRequest) -> None:
+        """Know a request no more."""
+        self._requests.pop(request.request_id, None)
+
+    def decision(self, decision: RecordDecision) -> None:
+        """Write one decision of the core."""
+        if self._enabled:
+            request = self._requests.get(decision.request_id)
+            extra = {"fields": _fields(decision, request)} if self._as_json else None
+            _log.log(_LEVELS.get(decision.decision, logging.INFO), "%s", in_words(decision, request), extra=extra)
+
+    def defect(self, error: BaseException) -> None:
+        """Write that the program itself has a defect; the trace only when asked for."""
+        _log.error("internal error: %s: %s (please report; log.level = \"debug\" shows where)", type(error).__name__, error,
+                   exc_info=error if _log.isEnabledFor(logging.DEBUG) else None)  # fmt: skip
+
+
+_LEVELS: Mapping[Decision, int] = {
+    Decision.FAILED: logging.WARNING,
+    Decision.REJECTED: logging.WARNING,
+    Decision.DOUBTED: logging.WARNING,
+}
+
+
+def _fields(decision: RecordDecision, request: ClientRequest | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {"decision": decision.decision}
+    if request is not None:
+        fields |= {"request": request.tag, "path": request.head.path, "model": request.facts.model}
+    named = {"server": decision.server, "why": decision.why, "before": decision.before, "after": decision.after}
+    fields |= {name: value for name, value in named.items() if value}
+    if decision.took_ns:
+        fields["took_ms"] = round(decision.took_ns / MS_NS, 3)
+    if decision.names:
+        fields["servers"] = list(decision.names)
+    return fields
+
+
+def _ms(d: RecordDecision) -> str:
+    return f"{d.took_ns / MS_NS:.0f} ms"
+
+
+_WORDS: Mapping[Decision, Callable[[RecordDecision], str]] = {
+    Decision.QUEUED: lambda d: f"waits: {d.why}",
+    Decision.STARTED: lambda d: f"-> {' + '.join(d.names)} ({d.why})",
+    Decision.HEDGED: lambda d: f"hedged to {' + '.join(d.names)}: {d.why}",
+    Decision.RETRIED: lambda d: f"retried on {' + '.join(d.names)}: {d.why}" if d.names else f"not retried: {d.why}",
+    Decision.COMMITTED: lambda d: f"{d.server} won after {_ms(d)} ({d.why})",
+    Decision.CANCELLED: lambda d: f"{d.server} cancelled after {_ms(d)}: {d.why}",
+    Decision.ATTEMPT_FAILED: lambda d: f"{d.why} (after {_ms(d)})",
+    Decision.FINISHED: lambda d: f"done in {_ms(d)} by {d.server}: {d.why}",
+    Decision.REJECTED: lambda d: f"refused with {d.why}",
+    Decision.FAILED: lambda d: f"failed after {_ms(d)}: {d.why}",
+    Decision.ABORTED: lambda d: f"ended after {_ms(d)}: {d.why}",
+    Decision.HEALTH: lambda d: f"{d.server} health {d.before} -> {d.after}: {d.why}",
+    Decision.RELIABILITY: lambda d: f"{d.server} {d.before} -> {d.after}: {d.why}",
+}
+
+
+def in_words(decision: RecordDecision, request: ClientRequest | None) -> str:
+    """Return one decision as a line: `#17 /api/chat llama3.2 gpu1 won after 53 ms (first-token)`."""
+    words = _WORDS.get(decision.decision)
+    text = words(decision) if words is not None else f"{decision.server} {decision.decision}: {decision.why}"
+    if request is None:
+        return text
+    what = f"{request.head.path} {request.facts.model or ''}".rstrip()
+    return f"#{request.tag} {what} {text}" if decision.decision in _OPENING else f"#{request.tag} {text}"
+
+
+_OPENING = frozenset({Decision.STARTED, Decision.QUEUED, Decision.REJECTED})
+"""Decisions that may be the first about a request, so that they say what it is."""

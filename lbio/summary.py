@@ -1,0 +1,103 @@
+"""What a configuration comes to, for `ollama-lb check`: as lines for people and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lbcore.config import RouteSettings, ServerSettings, Strategy, Winner
+from lbcore.parsing import ABSENT, Problem
+from lbcore.schema import format_value, walk
+from lbcore.units import format_duration
+from lbio.settings import AppConfig
+
+
+def summary_lines(app: AppConfig) -> Iterator[str]:
+    """Yield what would run: the address, the servers, each route, the warnings."""
+    yield f"listen on {app.listen}"
+    yield ""
+    yield "servers"
+    yield from _columns([*map(_server_row, app.core.servers), *map(_fake_row, app.fleet)])
+    yield ""
+    yield "routes"
+    measure = format_duration(app.core.race.measure_ns)
+    yield from _columns([(name, _route_text(route, measure)) for name, route in app.core.routes.items()])
+    if app.warnings:
+        yield ""
+        yield from (f"warning: {warning}" for warning in app.warnings)
+
+
+def _server_row(server: ServerSettings) -> tuple[str, ...]:
+    slots = _counted(server.slots, "slot")
+    return server.name, server.url, f"{slots} a model, at most {server.in_flight_max} in flight"
+
+
+def _fake_row(table: Mapping[str, Any]) -> tuple[str, ...]:
+    port = table.get("port", 0)
+    return str(table.get("name")), f"http://127.0.0.1:{port}" if port else "a free port", "fake, started with ollama-lb"
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Yield rows with their columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _route_text(route: RouteSettings, measure: str) -> str:
+    """Return a route's settings in words: "race: 1 racer, up to 2 within the budget; 1 hedge; winner first-token"."""
+    parts = [
+        _racers_text(route) if route.strategy is Strategy.RACE else "",
+        _counted(route.hedges_max, "hedge") if route.strategy in {Strategy.RACE, Strategy.HEDGE} else "",
+        _winner_text(route, measure) if route.strategy in {Strategy.RACE, Strategy.HEDGE} else "",
+    ]
+    told = "; ".join(part for part in parts if part)
+    return f"{route.strategy}: {told}" if told else str(route.strategy)
+
+
+def _racers_text(route: RouteSettings) -> str:
+    least = _counted(route.racers_min, "racer")
+    return least if route.racers_min == route.racers_max else f"{least}, up to {route.racers_max} within the budget"
+
+
+def _winner_text(route: RouteSettings, measure: str) -> str:
+    within = f" within {measure}" if route.winner is Winner.MOST_TOKENS else ""
+    return f"winner {route.winner}{within}"
+
+
+# --- JSON --------------------------------------------------------------------------------------------------
+
+
+def summary_object(app: AppConfig) -> dict[str, Any]:
+    """Return the same as an object fit for JSON."""
+    return {
+        "ok": True,
+        "problems": [],
+        "warnings": list(app.warnings),
+        "listen": app.listen,
+        "servers": [_server_object(server) for server in app.core.servers],
+        "fleet": [str(table.get("name")) for table in app.fleet],
+        "routes": {name: dataclasses.asdict(route) for name, route in app.core.routes.items()},
+    }
+
+
+def _server_object(server: ServerSettings) -> dict[str, Any]:
+    return {field.key: format_value(field.setting.kind, value) for _, field, value in walk(server) if field.setting}
+
+
+def problems_object(problems: Iterable[Problem]) -> dict[str, Any]:
+    """Return what is wrong as an object fit for JSON."""
+    return {"ok": False, "warnings": [], "problems": [_problem_object(problem) for problem in problems]}
+
+
+def _problem_object(problem: Problem) -> dict[str, Any]:
+    value = None if problem.value is ABSENT else problem.value
+    if isinstance(value, float) and not math.isfinite(value):
+        value = str(value)  # JSON has no word for it
+    return {"key": problem.key, "value": value, "message": problem.message, "fix": problem.fix, "text": str(problem)}

@@ -1,0 +1,188 @@
+"""Connections to servers: dialled, kept for the next request, and the answers read from them."""
+
+from __future__ import annotations
+
+import ssl
+from collections import deque
+from collections.abc import Callable
+
+import anyio
+from anyio.abc import ByteStream
+
+from lbcore.events import Reason
+from lbcore.ollama import Ending
+from lbio.addresses import parse_server_url
+from lbio.http1 import ChunkedDecoder, Framing, HttpError, IncompleteBody, Reader, ResponseHead, parse_response_head
+from lbio.settings import PoolSettings
+from lbio.streams import close_now, connect, connect_tls
+from lbio.watchers import Watcher
+
+_STREAM_TYPES = (b"application/x-ndjson", b"text/event-stream")
+_INTERIM_MAX = 8  # 1xx answers that are skipped before it is called garbage
+
+
+class ConnectError(Exception):
+    """A server could not be reached; `reason` says how."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class Connection:
+    """One connection to a server."""
+
+    __slots__ = ("idle_since_ns", "n_requests", "reader", "stream")
+
+    def __init__(self, stream: ByteStream) -> None:
+        self.stream = stream
+        self.reader = Reader(stream)
+        self.n_requests = 0
+        self.idle_since_ns = 0
+
+    def close(self) -> None:
+        """Close at once."""
+        close_now(self.stream)
+
+
+class Endpoint:
+    """One server as the I/O layer knows it: where it is, and its idle connections."""
+
+    def __init__(
+        self, name: str, url: str, tls: ssl.SSLContext | None, pool: PoolSettings, clock: Callable[[], int]
+    ) -> None:
+        self.name = name
+        self.url = parse_server_url(url)
+        self.authority = str(self.url.address).encode()
+        self._tls = tls if self.url.scheme == "https" else None
+        self._pool = pool
+        self._clock = clock
+        self._idle: deque[Connection] = deque()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self.name} {self.url} idle={len(self._idle)}>"
+
+    def pooled(self) -> Connection | None:
+        """Return an idle connection, the one used last; None when there is none young enough."""
+        self.sweep()
+        return self._idle.pop() if self._idle else None
+
+    async def dial(self) -> Connection:
+        """Connect. Raises ConnectError. How long that may take is the core's business."""
+        host, port = self.url.address.host, self.url.address.port
+        try:
+            if self._tls is None:
+                return Connection(await connect(host, port))
+            return Connection(await connect_tls(host, port, self._tls, host))
+        except ConnectionRefusedError as error:
+            raise ConnectError(Reason.CONNECT_REFUSED, "") from error
+        except ssl.SSLError as error:
+            raise ConnectError(Reason.TLS_FAILED, _ssl_words(error)) from error
+        except OSError as error:
+            raise ConnectError(Reason.CONNECT_FAILED, error.strerror or str(error)) from error
+
+    def release(self, connection: Connection) -> None:
+        """Keep a connection whose last answer was read to its end; closes it when enough are kept."""
+        if self._closed or connection.reader.buffered or len(self._idle) >= self._pool.idle_max:
+            connection.close()
+            return
+        connection.idle_since_ns = self._clock()
+        self._idle.append(connection)
+
+    def sweep(self) -> None:
+        """Close what has been idle for too long."""
+        oldest_ns = self._clock() - self._pool.idle_timeout_ns
+        while self._idle and self._idle[0].idle_since_ns < oldest_ns:
+            self._idle.popleft().close()
+
+    def drop_idle(self) -> None:
+        """Close all idle connections: one was found dead, so the server has probably been restarted."""
+        while self._idle:
+            self._idle.popleft().close()
+
+    def close(self) -> None:
+        """Close all idle connections and keep none from now on."""
+        self._closed = True
+        self.drop_idle()
+
+
+def _ssl_words(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    return error.reason or str(error)
+
+
+class Answer:
+    """An answer as it comes: its head, what is held of its body, how much of it there is and how it ends."""
+
+    __slots__ = ("_decoder", "_missing", "connection", "ended", "head", "held", "streams", "watcher")
+
+    def __init__(self, connection: Connection, head: ResponseHead, ending: Ending) -> None:
+        self.connection = connection
+        self.head = head
+        content_type = head.header(b"content-type") or b""
+        self.streams = head.status < 300 and content_type.startswith(_STREAM_TYPES)
+        self.watcher = Watcher(ending if self.streams else Ending.FRAMING)
+        self.held = bytearray()
+        self._missing = head.content_length
+        self._decoder = ChunkedDecoder(502) if head.framing is Framing.CHUNKED else None
+        self.ended = head.framing is Framing.NONE or (head.framing is Framing.LENGTH and not self._missing)
+
+    async def read(self) -> bytes:
+        """Return the next piece of the body, b"" at its end (`ended`) or when only framing came.
+
+        Cancelling loses no byte. Raises IncompleteBody, and HttpError for a body that is not HTTP.
+        """
+        try:
+            data = await self.connection.reader.more()
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            raise IncompleteBody(str(error)) from error
+        if not data:
+            if self.head.framing is not Framing.CLOSE:
+                raise IncompleteBody("the connection ended inside the body")
+            self.ended = True
+            return b""
+        return self._payload(data)
+
+    def _payload(self, data: bytes) -> bytes:
+        if self._decoder is not None:
+            payload = self._decoder.feed(data)
+            if self._decoder.finished:
+                self.ended = True
+                self.connection.reader.buffered += self._decoder.leftover
+            return payload
+        if self.head.framing is Framing.CLOSE:
+            return data
+        payload = data[: self._missing]
+        self._missing -= len(payload)
+        self.ended = self._missing == 0
+        self.connection.reader.buffered += data[len(payload) :]
+        return payload
+
+    @property
+    def verdict(self) -> Reason | None:
+        """What is wrong with an answer that has ended; None: nothing."""
+        if self.watcher.failed:
+            return Reason.ERROR_LINE
+        return None if self.watcher.complete else Reason.TRUNCATED
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether the connection may carry another request."""
+        return self.ended and self.head.keep_alive
+
+
+async def read_response_head(connection: Connection, method: str, bytes_max: int) -> ResponseHead | None:
+    """Return the head of the answer, interim (1xx) ones skipped; None when the server closed without a byte.
+
+    Raises HttpError for what is not HTTP, anyio.BrokenResourceError for a reset.
+    """
+    for _ in range(_INTERIM_MAX):
+        raw = await connection.reader.read_head(bytes_max, role="response")
+        if raw is None:
+            return None
+        head = parse_response_head(raw, method)
+        if head.status >= 200:
+            return head
+    raise HttpError(502, "too many interim answers")

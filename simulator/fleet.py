@@ -1,0 +1,134 @@
+"""`[[fleet]]` tables into the `FakeSpec`s of fake servers, with every problem found. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lbcore.ollama import canonical_model
+from lbcore.parsing import Keys, Problem, parse_table
+from lbcore.schema import MS_NS, SECOND_NS, Kind, count, duration, fields_of, join, keys_of, ratio, setting, size
+from simulator.faults import Fault, FaultKind
+from simulator.specs import FakeModel, FakeSpec
+
+# ruff: noqa: RUF009  # schema functions declare fields; they do not make shared mutable values
+
+DEFAULT_MODEL = "llama3.2:latest"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetTable:
+    """One `[[fleet]]` table, without its lists."""
+
+    name: str = setting(Kind.TEXT, "how the server is called, here and in the balancer")
+    port: int = count("where it listens on loopback; 0 takes a free port", 0, high=65535)
+    slots: int = count("requests one model serves at once (OLLAMA_NUM_PARALLEL)", 1, low=1, high=1024)
+    queue_max: int = count("requests that may wait for a model to load (OLLAMA_MAX_QUEUE)", 512)
+    loaded_max: int = count("models in memory at once (OLLAMA_MAX_LOADED_MODELS)", 3, low=1)
+    vram: int = size("memory for models; 0 is a server without a GPU", 24_000_000_000)
+    first_token_ns: int = duration("from the slot to the first token", 50 * MS_NS, high=3600 * SECOND_NS)
+    token_ns: int = duration("between two tokens", 5 * MS_NS, high=3600 * SECOND_NS)
+    load_ns: int = duration("time to load a model", 2 * SECOND_NS, high=3600 * SECOND_NS)
+    tokens: int = count("length of an answer unless the client says", 60, low=1, high=1_000_000)
+    keep_alive_ns: int = duration("how long an idle model stays in memory", 300 * SECOND_NS)
+    version: str = setting(Kind.TEXT, "what /api/version says", "0.12.6")
+    seed: int = count("of the answers' text; servers with the same seed give the same answers", 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultTable:
+    """One fault of a fake server, as a table."""
+
+    kind: FaultKind = setting(Kind.CHOICE, "what goes wrong", choices=FaultKind)
+    from_ns: int | None = duration("since the start, when it begins", None)
+    until_ns: int | None = duration("since the start, when it ends", None)
+    factor: float = ratio("slow, crawl: how many times slower", 20.0, low=0.001, high=1e6)
+    after_tokens: int = count("the midstream kinds: tokens sent before it breaks", 3)
+    period_ns: int = duration("flap: how often it goes down", 2 * SECOND_NS, low=MS_NS)
+    up_ns: int = duration("flap: how long it is up in each period", SECOND_NS)
+
+
+_LISTS: tuple[str, ...] = ("models", "loaded", "fault")
+
+
+def parse_fleet(tables: Sequence[Mapping[str, Any]], problems: list[Problem]) -> tuple[FakeSpec, ...]:
+    """Return the fake servers that the `[[fleet]]` tables describe; append every problem found."""
+    parsed = [_parse_fake(table, f"fleet[{index}]", problems) for index, table in enumerate(tables)]
+    specs = [(f"fleet[{index}]", spec) for index, spec in enumerate(parsed) if spec is not None]
+    _refuse_duplicates(specs, problems)
+    return tuple(spec for _, spec in specs)
+
+
+def _parse_fake(raw: Mapping[str, Any], key: str, problems: list[Problem]) -> FakeSpec | None:
+    plain = {name: value for name, value in raw.items() if name not in _LISTS}
+    also: Keys = (*((key, name) for name in _LISTS), *((f"{key}.fault", name) for _, name in keys_of(FaultTable)))
+    table = parse_table(FleetTable, plain, key, problems, also=also)
+    models = _parse_names(raw.get("models", [DEFAULT_MODEL]), join(key, "models"), problems)
+    loaded = _parse_names(raw.get("loaded", []), join(key, "loaded"), problems)
+    faults = _parse_faults(raw.get("fault", []), join(key, "fault"), problems)
+    _refuse_absent(loaded, models, join(key, "loaded"), problems)
+    if table is None:
+        return None
+    if any(not "!" <= char <= "~" or char in ",/" for char in table.name) or not table.name:
+        problems.append(Problem(join(key, "name"), table.name, "is no name for a server",
+                                "write ASCII without space, comma and slash"))
+    return FakeSpec(
+        name=table.name, port=table.port, num_parallel=table.slots, max_queue=table.queue_max,
+        max_loaded=table.loaded_max, vram_bytes=table.vram, first_token_ms=table.first_token_ns / MS_NS,
+        token_ms=table.token_ns / MS_NS, load_ms=table.load_ns / MS_NS, tokens=table.tokens,
+        keep_alive_s=table.keep_alive_ns / SECOND_NS, version=table.version, seed=table.seed,
+        models=tuple(FakeModel(name) for name in models), start_loaded=tuple(loaded), faults=faults)
+
+
+def _parse_names(raw: Any, key: str, problems: list[Problem]) -> list[str]:
+    """Return a list of model names."""
+    if not isinstance(raw, list) or not all(isinstance(name, str) and name for name in raw):
+        problems.append(Problem(key, raw, "is not a list of model names", f'write ["{DEFAULT_MODEL}"]'))
+        return []
+    return raw
+
+
+def _refuse_absent(loaded: Sequence[str], models: Sequence[str], key: str, problems: list[Problem]) -> None:
+    on_disk = {canonical_model(name) for name in models}
+    problems.extend(Problem(key, name, "is not among this server's models", "add it to models")
+                    for name in loaded if canonical_model(name) not in on_disk)
+
+
+def _parse_faults(raw: Any, key: str, problems: list[Problem]) -> tuple[Fault, ...]:
+    """Return the faults of one table or of a list of tables."""
+    if not isinstance(raw, list):
+        return _parse_fault(raw, key, problems)
+    return tuple(fault for index, item in enumerate(raw) for fault in _parse_fault(item, f"{key}[{index}]", problems))
+
+
+def _parse_fault(raw: Any, key: str, problems: list[Problem]) -> tuple[Fault, ...]:
+    table = parse_table(FaultTable, raw, key, problems)
+    if table is None:
+        return ()
+    if table.up_ns > table.period_ns:
+        written = raw.get("up", "1s") if isinstance(raw, Mapping) else "1s"
+        problems.append(Problem(join(key, "up"), written, f"is more than {join(key, 'period')}", "write less"))
+        return ()
+    values = {field.name: getattr(table, field.name) for field in fields_of(FaultTable)}
+    return (Fault(**{_in_seconds(name): _seconds(name, value) for name, value in values.items()}),)
+
+
+def _in_seconds(name: str) -> str:
+    return f"{name.removesuffix('_ns')}_s" if name.endswith("_ns") else name
+
+
+def _seconds(name: str, value: Any) -> Any:
+    return value / SECOND_NS if name.endswith("_ns") and value is not None else value
+
+
+def _refuse_duplicates(specs: Sequence[tuple[str, FakeSpec]], problems: list[Problem]) -> None:
+    names: dict[str, str] = {}
+    ports: dict[int, str] = {}
+    for key, spec in specs:
+        if names.setdefault(spec.name, key) != key:
+            problems.append(Problem(join(key, "name"), spec.name, f"is also the name of {names[spec.name]}",
+                                    "give each server a name of its own"))
+        if spec.port and ports.setdefault(spec.port, key) != key:
+            problems.append(Problem(join(key, "port"), spec.port, f"is also the port of {ports[spec.port]}",
+                                    "write 0 for a free port"))
