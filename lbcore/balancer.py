@@ -120,15 +120,19 @@ class LoadBalancer:
     # --- servers ---------------------------------------------------------------------------------------------
 
     def _on_probe_completed(self, event: events.ProbeCompleted, now_ns: int) -> None:
-        self._after_probe(self.fleet.on_probe_completed(event, now_ns), now_ns)
+        server = self.fleet.on_probe_completed(event, now_ns)
+        if server is not None and event.reason is not None:  # after a good one, ModelsSynced follows
+            self._after_failed_probe(server, now_ns)
 
     def _on_probe_timer(self, server_id: int, now_ns: int) -> None:
-        self._after_probe(self.fleet.on_probe_timer(server_id, now_ns), now_ns)
+        server = self.fleet.on_probe_timer(server_id, now_ns)
+        if server is not None:
+            self._after_failed_probe(server, now_ns)
 
-    def _after_probe(self, server: Server | None, now_ns: int) -> None:
-        if server is not None and not server.is_alive:
+    def _after_failed_probe(self, server: Server, now_ns: int) -> None:
+        if not server.is_alive:
             self._requests.rescue(server, now_ns)
-        self.ledger.room_made = self.ledger.room_made or server is not None
+        self.ledger.room_made = True  # what waited for this probe waits no longer
 
     def _on_models_synced(self, event: events.ModelsSynced, now_ns: int) -> None:
         self.fleet.on_models_synced(event, now_ns)

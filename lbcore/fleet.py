@@ -44,6 +44,12 @@ class Fleet:
         """Return the server called `name`."""
         return next((server for server in self if server.name == name), None)
 
+    def nobody_there(self) -> str:
+        """Return the error for a request when no server is alive: what was last heard of each."""
+        if not self.servers:
+            return "no server is configured"
+        return "no server is reachable: " + "; ".join(f"{s.name}: {s.last_error or 'not probed yet'}" for s in self)
+
     # --- coming and going ----------------------------------------------------------------------------------
 
     def add(self, settings: ServerSettings, now_ns: int) -> Server:

@@ -164,9 +164,6 @@ class BodyFacts:
     kind: RequestKind = RequestKind.GENERATE
 
 
-NO_FACTS = BodyFacts()
-
-
 def runner_key(options: Mapping[str, Any] | None) -> str:
     """Return the canonical spelling of those `options` that belong to the loaded runner; "" for none."""
     chosen = {k: options[k] for k in RUNNER_OPTIONS if options.get(k) is not None} if options else {}

@@ -77,7 +77,7 @@ class Requests:
             self._reject(
                 request,
                 502,
-                self._nobody_there(),
+                self._fleet.nobody_there(),
                 now_ns,
                 retry_after=retry_after_s(self._config.probe.interval_dead_ns),
             )
@@ -101,13 +101,6 @@ class Requests:
                 self._fleet.probe_now(server, now_ns)
                 awaited = True
         return awaited
-
-    def _nobody_there(self) -> str:
-        if not self._fleet.servers:
-            return "no server is configured"
-        return "no server is reachable: " + "; ".join(
-            f"{s.name}: {s.last_error or 'not probed yet'}" for s in self._fleet
-        )
 
     def _enqueue(self, request: Request, now_ns: int) -> None:
         if self._ledger.queue.is_full:

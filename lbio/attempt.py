@@ -39,7 +39,7 @@ class Core(Protocol):
         """Count a piece of an answer."""
 
 
-def reason_of(status: int, body: bytes, *, passed_through: bool) -> Reason:
+def reason_of(status: int, body: bytes | bytearray, *, passed_through: bool) -> Reason:
     """Return what an error status means for the question who could answer better."""
     if status == 404:
         if _NOT_FOUND.search(body[:4096]) is not None:
@@ -56,11 +56,28 @@ def reason_of(status: int, body: bytes, *, passed_through: bool) -> Reason:
 class AttemptRun:
     """The task of one attempt. Once chosen, its answer belongs to the client's connection, which reads the rest."""
 
-    __slots__ = ("_buffer_bytes_max", "_connection", "_core", "_head_bytes_max", "_reported", "_scope", "answer", "attempt_id",
-                 "chosen", "endpoint", "exchange")  # fmt: skip
+    __slots__ = (
+        "_buffer_bytes_max",
+        "_connection",
+        "_core",
+        "_head_bytes_max",
+        "_reported",
+        "_scope",
+        "answer",
+        "attempt_id",
+        "chosen",
+        "endpoint",
+        "exchange",
+    )
 
     def __init__(
-        self, attempt_id: int, exchange: Exchange, endpoint: Endpoint, core: Core, head_bytes_max: int, buffer_bytes_max: int
+        self,
+        attempt_id: int,
+        exchange: Exchange,
+        endpoint: Endpoint,
+        core: Core,
+        head_bytes_max: int,
+        buffer_bytes_max: int,
     ) -> None:
         self.attempt_id = attempt_id
         self.exchange = exchange
@@ -198,21 +215,30 @@ class AttemptRun:
             if not begun and status < 400 and (answer.watcher.n_tokens if answer.streams else payload):
                 begun = True
                 self._core.dispatch(FirstTokenReceived(self.attempt_id))
-            if self.chosen or self._reported:
+            if self._is_over:
                 return
             if not full and len(answer.held) > self._buffer_bytes_max:
                 full = True
                 self._overflow(answer)
-                if self.chosen or self._reported:
+                if self._is_over:
                     return
                 await anyio.sleep_forever()  # until it is chosen or cancelled; the server feels it as backpressure
         self.report_end(answer)
+
+    @property
+    def _is_over(self) -> bool:
+        """Somebody else reads the answer now, or nobody does."""
+        return self.chosen or self._reported
 
     def _overflow(self, answer: Answer) -> None:
         if answer.head.status < 400:
             self._core.dispatch(BufferFilled(self.attempt_id))
         else:
-            self._fail(reason_of(answer.head.status, answer.held, passed_through=False), "a very long error", status=answer.head.status)
+            self._fail(
+                reason_of(answer.head.status, answer.held, passed_through=False),
+                "a very long error",
+                status=answer.head.status,
+            )
 
     def report_end(self, answer: Answer) -> None:
         """Tell the core, once, how the answer ended."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from lbcore.ollama import NO_FACTS, BodyFacts, RequestKind, Route, request_kind, runner_key
+from lbcore.ollama import BodyFacts, RequestKind, Route, request_kind, runner_key
 
 
 class _Fields(msgspec.Struct):
@@ -32,7 +32,7 @@ _MEMBERS = tuple(_Fields.__struct_fields__)
 def read_facts(route: Route, method: str, body: bytes) -> BodyFacts:
     """Return what `body` says; a body that cannot be understood says nothing, so that an Ollama gives the answer."""
     kind = request_kind(route, method, empty=False, keep_alive=None)
-    if not body.lstrip()[:1] == b"{":
+    if body.lstrip()[:1] != b"{":
         return BodyFacts(kind=kind)
     fields = _fields(body)
     if fields is None:
@@ -71,7 +71,10 @@ def _lenient_fields(body: bytes) -> _Fields | None:
     known = {key.lower(): value for key, value in decoded.items() if key.lower() in _MEMBERS and value is not None}
     try:
         return msgspec.convert(
-            {k: v if k not in {"messages", "prompt"} else msgspec.Raw(msgspec.json.encode(v)) for k, v in known.items()},
+            {
+                k: v if k not in {"messages", "prompt"} else msgspec.Raw(msgspec.json.encode(v))
+                for k, v in known.items()
+            },
             _Fields,
         )
     except (msgspec.ValidationError, UnicodeEncodeError):
@@ -82,6 +85,3 @@ def _squeezed(raw: msgspec.Raw) -> bytes:
     """Return the JSON text, its blanks dropped if it is so short that it may mean empty."""
     view = memoryview(raw)
     return bytes(view) if len(view) > 16 else b"".join(bytes(view).split())
-
-
-__all__ = ["NO_FACTS", "read_facts"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +16,7 @@ from lbcore import __version__
 
 if TYPE_CHECKING:
     from lbcore.parsing import Problem
+    from lbio.service import FleetFactory
     from lbio.settings import AppConfig
     from simulator.serve import FakeServer
     from simulator.specs import FakeSpec
@@ -86,7 +87,22 @@ def run(config: Path | None, **flags: Any) -> int:
         return EXIT_CONFIG
     from lbio.service import run as run_service
 
-    return run_service(app, fleet_specs=tuple(specs))
+    return run_service(app, fleet=_demo_fleet(specs) if specs else None)
+
+
+def _demo_fleet(specs: Sequence[FakeSpec]) -> FleetFactory:
+    """Return what starts the fake servers beside the balancer, in the same process."""
+    import contextlib
+
+    from lbcore.config import ServerSettings
+    from simulator.serve import serve_fleet
+
+    @contextlib.asynccontextmanager
+    async def start() -> AsyncIterator[Sequence[ServerSettings]]:
+        async with serve_fleet(specs) as fleet:
+            yield [ServerSettings(url=fake.url, name=fake.spec.name, slots=fake.spec.num_parallel) for fake in fleet]
+
+    return start
 
 
 @cli.command(epilog=_examples("ollama-lb check my.toml", "ollama-lb check my.toml --json"))

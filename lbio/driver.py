@@ -45,12 +45,13 @@ class Driver:
         self.app = app
         self.log = log
         self.clock = clock
-        self._tasks = tasks
+        self.tasks = tasks
         self._exchanges: dict[int, Exchange] = {}
         self._runs: dict[int, AttemptRun] = {}
         self._probes: dict[int, Probe] = {}
         self._endpoints: dict[int, Endpoint] = {}
         self._probe_ended = anyio.Event()
+        self._all_answered = anyio.Event()
         self._timer_due_ns: int | None = None
         self._timer_poke = anyio.Event()
         self._execute: Mapping[type, Callable[[Any], None]] = {
@@ -128,6 +129,14 @@ class Driver:
             exchange.chosen.retire()
             self._forget_if_over(exchange.chosen)
         exchange.runs.clear()
+        if not self._exchanges:
+            self._all_answered.set()
+
+    async def wait_all_answered(self) -> None:
+        """Wait until no client waits for anything."""
+        while self._exchanges:
+            self._all_answered = anyio.Event()
+            await self._all_answered.wait()
 
     @property
     def n_requests(self) -> int:
@@ -139,10 +148,15 @@ class Driver:
         exchange.n_attempts += 1
         limits = self.app.limits
         run = AttemptRun(
-            command.attempt_id, exchange, self._endpoint(command.server_id), self, limits.head_bytes_max, limits.buffer_bytes_max
+            command.attempt_id,
+            exchange,
+            self._endpoint(command.server_id),
+            self,
+            limits.head_bytes_max,
+            limits.buffer_bytes_max,
         )
         self._runs[command.attempt_id] = exchange.runs[command.attempt_id] = run
-        self._tasks.start_soon(self._run_attempt, run)
+        self.tasks.start_soon(self._run_attempt, run)
 
     async def _run_attempt(self, run: AttemptRun) -> None:
         try:
@@ -193,7 +207,7 @@ class Driver:
     def _start_probe(self, command: StartProbe) -> None:
         probe = Probe(command.server_id, command.probe_id, self._endpoint(command.server_id), self)
         self._probes[command.probe_id] = probe
-        self._tasks.start_soon(self._run_probe, probe)
+        self.tasks.start_soon(self._run_probe, probe)
 
     async def _run_probe(self, probe: Probe) -> None:
         try:

@@ -36,7 +36,17 @@ class ClientRequest:
 class Exchange:
     """What the core has decided about one request so far. Written by the driver, read by the client's connection."""
 
-    __slots__ = ("aborted", "chosen", "decided", "n_attempts", "passed_on", "rejected", "relay_scope", "request", "runs")
+    __slots__ = (
+        "aborted",
+        "chosen",
+        "decided",
+        "n_attempts",
+        "passed_on",
+        "rejected",
+        "relay_scope",
+        "request",
+        "runs",
+    )
 
     def __init__(self, request: ClientRequest) -> None:
         self.request = request

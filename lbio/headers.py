@@ -31,9 +31,7 @@ _OURS = b"x-ollama-lb-"
 def end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes] | set[bytes]) -> Headers:
     """Return the headers that go on: without `dropped`, and without those that `Connection` names."""
     pairs = list(headers)
-    named = {
-        token.strip().lower() for name, value in pairs if name == b"connection" for token in value.split(b",")
-    }
+    named = {token.strip().lower() for name, value in pairs if name == b"connection" for token in value.split(b",")}
     return [(name, value) for name, value in pairs if name not in dropped and name not in named]
 
 

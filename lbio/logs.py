@@ -39,7 +39,11 @@ class _JsonFormatter(logging.Formatter):
     """One object a line; a decision's fields are members of their own."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields: dict[str, Any] = {"time": record.created, "level": record.levelname.lower(), "message": record.getMessage()}
+        fields: dict[str, Any] = {
+            "time": record.created,
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
         fields.update(getattr(record, "fields", {}))
         return json.dumps(fields, ensure_ascii=False)
 
@@ -70,8 +74,9 @@ class Log:
 
     def defect(self, error: BaseException) -> None:
         """Write that the program itself has a defect; the trace only when asked for."""
-        _log.error("internal error: %s: %s (please report; log.level = \"debug\" shows where)", type(error).__name__, error,
-                   exc_info=error if _log.isEnabledFor(logging.DEBUG) else None)  # fmt: skip
+        shown = error if _log.isEnabledFor(logging.DEBUG) else None
+        words = 'internal error: %s: %s (please report; log.level = "debug" shows where)'
+        _log.error(words, type(error).__name__, error, exc_info=shown)
 
 
 _LEVELS: Mapping[Decision, int] = {

@@ -60,7 +60,9 @@ _NDJSON_DONE = _Format(b"\n", re.compile(rb'"done"\s*:\s*true|"error"\s*:'), _ju
 _FORMATS: Mapping[Ending, _Format] = {
     Ending.NDJSON_DONE: _NDJSON_DONE,
     Ending.NDJSON_SUCCESS: _Format(b"\n", re.compile(rb'"success"|"error"\s*:'), _judge_ndjson),
-    Ending.SSE_DONE: _Format(b"\n\n", re.compile(rb'\[DONE\]|"error"\s*:'), _judge_sse((b"data: [DONE]",), b'data: {"error":')),
+    Ending.SSE_DONE: _Format(
+        b"\n\n", re.compile(rb'\[DONE\]|"error"\s*:'), _judge_sse((b"data: [DONE]",), b'data: {"error":')
+    ),
     Ending.RESPONSE_COMPLETED: _Format(
         b"\n\n",
         re.compile(rb"event: (?:response\.(?:completed|incomplete|failed)|error)"),

@@ -1,0 +1,188 @@
+"""The management endpoints: what the fleet is, and changing it."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from lbcore.config import ServerSettings
+from lbcore.events import ServerAdded, ServerRemovalRequested, SyncRequested
+from lbcore.ollama import Shape
+from lbcore.parsing import RefusedError
+from lbcore.records import Server
+from lbio.addresses import parse_name, parse_server_url
+from lbio.driver import Driver
+from lbio.http1 import RequestHead
+from lbio.local import TEXT, LocalAnswer, error_answer, json_answer
+from lbio.settings import AdminAccess
+from lbio.status import as_table, status
+
+_SERVERS = "/servers/"
+
+
+def _error(code: int, message: str) -> LocalAnswer:
+    return error_answer(Shape.NATIVE, code, message)
+
+
+class Admin:
+    """Answers the management endpoints."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._methods: Mapping[str, tuple[str, Callable[[RequestHead, bytes], Awaitable[LocalAnswer]]]] = {
+            "/status": ("GET", self._status),
+            "/add_server": ("POST", self._add_server),
+            "/sync_servers": ("POST", self._sync_servers),
+            _SERVERS: ("DELETE", self._remove_server),
+        }
+
+    def is_admin(self, path: str) -> bool:
+        """Tell whether a path is one of ours."""
+        return path in self._methods or path.startswith(_SERVERS)
+
+    async def answer(self, head: RequestHead, body: bytes, peer: str) -> LocalAnswer:
+        """Carry out a management request from `peer`."""
+        if self._driver.app.admin.allow is AdminAccess.LOOPBACK and not _is_local(head, peer):
+            return _error(403, 'management is allowed from this machine only (admin.allow = "any" opens it)')
+        if not _has_local_origin(head):
+            return _error(403, "management is not allowed to web pages from elsewhere (the Origin header is foreign)")
+        method, carry_out = self._methods[_SERVERS if head.path.startswith(_SERVERS) else head.path]
+        if head.method != method and not (method == "GET" and head.method == "HEAD"):
+            return LocalAnswer(405, b"text/plain", b"405 method not allowed", ((b"Allow", method.encode()),))
+        return await carry_out(head, body)
+
+    async def _status(self, head: RequestHead, _body: bytes) -> LocalAnswer:
+        told = status(self._driver.balancer, self._driver.clock())
+        if b"text/plain" in (head.header(b"accept") or b""):
+            return LocalAnswer(200, TEXT, as_table(told).encode())
+        return json_answer(200, told)
+
+    async def _add_server(self, _head: RequestHead, body: bytes) -> LocalAnswer:
+        """Take a server in once a probe of it has ended well."""
+        parsed = _parse_addition(body)
+        if isinstance(parsed, LocalAnswer):
+            return parsed
+        fleet = self._driver.balancer.fleet
+        for server in fleet:
+            if parsed.name == server.name or parsed.url == server.settings.url:
+                return _error(409, f"there is already a server {server.name} at {server.settings.url}")
+        self._driver.dispatch(ServerAdded(parsed))
+        added = fleet.by_name(parsed.name)
+        await self._driver.wait_probed(
+            lambda server: server is added and server.last_sync_ns is None and server.probe_failures == 0
+        )
+        if added is None or added.last_sync_ns is None:
+            detail = added.last_error.removeprefix("probe: ") if added is not None else "it was removed meanwhile"
+            if added is not None:
+                self._driver.dispatch(ServerRemovalRequested(added.id))
+            return _error(502, f"not added, since it cannot be used now: {detail}")
+        told = status(self._driver.balancer, self._driver.clock())
+        return json_answer(200, next(server for server in told["servers"] if server["name"] == parsed.name))
+
+    async def _remove_server(self, head: RequestHead, _body: bytes) -> LocalAnswer:
+        name = unquote(head.path.removeprefix(_SERVERS))
+        server = self._driver.balancer.fleet.by_name(name)
+        if server is None:
+            known = ", ".join(s.name for s in self._driver.balancer.fleet) or "none"
+            return _error(404, f"there is no server called '{name}' (there are: {known})")
+        in_flight = server.in_flight
+        self._driver.dispatch(ServerRemovalRequested(server.id))
+        return json_answer(200, {"name": name, "state": "draining" if in_flight else "removed", "in_flight": in_flight})
+
+    async def _sync_servers(self, _head: RequestHead, _body: bytes) -> LocalAnswer:
+        """Probe all now and tell what has changed."""
+        fleet = self._driver.balancer.fleet
+        before = {server.name: _digest(server) for server in fleet}
+        self._driver.dispatch(SyncRequested())
+        await self._driver.wait_probed(lambda server: server.probe_id != 0)
+        changes = {server.name: _difference(before.get(server.name), _digest(server)) for server in fleet}
+        return json_answer(
+            200, {"servers": len(fleet.servers), "changed": {name: c for name, c in changes.items() if c}}
+        )
+
+
+def _is_local(head: RequestHead, peer: str) -> bool:
+    """Tell whether a request was made on this machine, not through another proxy and not by a rebound name."""
+    if head.header(b"x-forwarded-for") is not None or head.header(b"forwarded") is not None:
+        return False
+    return _is_loopback(peer) and _is_own_name((head.header(b"host") or b"").decode("latin-1"))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_own_name(authority: str) -> bool:
+    """Refuse names that somebody else's DNS may have pointed at this machine (DNS rebinding)."""
+    host = urlsplit(f"//{authority}").hostname or ""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost") or host == socket.gethostname().lower()
+    return True
+
+
+def _has_local_origin(head: RequestHead) -> bool:
+    origin = head.header(b"origin")
+    return origin is None or _is_own_name(urlsplit(origin.decode("latin-1")).netloc)
+
+
+def _parse_addition(body: bytes) -> ServerSettings | LocalAnswer:
+    """Return the server that a body `{"url": …, "name": …}` names, or the error that says what is wrong with it."""
+    example = '{"url": "http://gpu3:11434", "name": "gpu3"}'
+    try:
+        given = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        return _error(400, f"the body is not JSON ({error}); send {example}")
+    if not isinstance(given, dict) or not isinstance(given.get("url"), str):
+        return _error(400, f'the body has no "url"; send {example}')
+    unknown = [key for key in given if key not in {"url", "name"}]
+    if unknown:
+        return _error(400, f'unknown member "{unknown[0]}"; send {example}')
+    name = given.get("name") or ""
+    if not isinstance(name, str):
+        return _error(400, f"name: {json.dumps(name)} is not a text; send {example}")
+    try:
+        url = parse_server_url(given["url"], scheme_optional=True)
+        return ServerSettings(url=str(url), name=parse_name(name) if name else str(url.address))
+    except RefusedError as error:
+        field = "name" if name and _is_url(given["url"]) else "url"
+        return _error(400, f"{field}: {json.dumps(given[field])} {error.message}; {error.fix}")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parse_server_url(text, scheme_optional=True)
+    except RefusedError:
+        return False
+    return True
+
+
+def _digest(server: Server) -> dict[str, Any]:
+    return {
+        "state": str(server.state),
+        "models": sorted(name for name, model in server.models.items() if model.available is not None),
+        "loaded": sorted(name for name, model in server.models.items() if model.loaded),
+    }
+
+
+def _difference(before: dict[str, Any] | None, after: dict[str, Any]) -> dict[str, Any]:
+    """Return what has changed: the state from what to what, models gained and lost."""
+    if before is None:
+        return {"added": after}
+    changes: dict[str, Any] = {}
+    if before["state"] != after["state"]:
+        changes["state"] = [before["state"], after["state"]]
+    for what in ("models", "loaded"):
+        gained = [name for name in after[what] if name not in before[what]]
+        lost = [name for name in before[what] if name not in after[what]]
+        if gained or lost:
+            changes[what] = {"gained": gained, "lost": lost}
+    return changes

@@ -1,0 +1,151 @@
+"""The client's side of a connection: bounded reading, writing that feels a slow client, and noticing that it left."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import anyio
+from anyio.abc import ByteStream, SocketAttribute
+
+from lbcore.schema import SECOND_NS
+from lbio.http1 import HttpError, IncompleteBody, Reader, RequestHead
+from lbio.settings import ClientSettings, LimitSettings
+from lbio.sockets import SocketStream
+from lbio.streams import close_now
+
+_T = TypeVar("_T")
+_WRITE_BYTES = 65536
+"""A client must take this much within the write timeout, or it counts as gone."""
+_PIPELINED_BYTES_MAX = 65536
+_LINGER_S = 0.5
+_LINGER_BYTES_MAX = 256 << 10
+
+
+class ClientGone(Exception):  # noqa: N818  it is an outcome as much as an error
+    """The client closed the connection, or has not read for so long that it counts as gone."""
+
+
+class ClientStream:
+    """One client's connection."""
+
+    __slots__ = ("_limits", "_settings", "_stream", "_write_timeout_s", "peer", "reader", "writing")
+
+    def __init__(self, stream: ByteStream, settings: ClientSettings, limits: LimitSettings) -> None:
+        self._stream = stream
+        self._settings = settings
+        self._limits = limits
+        self._write_timeout_s = settings.write_timeout_ns / SECOND_NS
+        self.reader = Reader(stream)
+        self.writing = False  # inside a write: if that is cut short, nothing can follow it
+        address = stream.extra(SocketAttribute.remote_address, ("?", 0))  # noqa: S610  not Django's
+        self.peer = str(address[0]) if isinstance(address, tuple) else str(address)
+
+    # --- reading -------------------------------------------------------------------------------------------
+
+    async def read_head(self) -> bytes | None:
+        """Return the next request head; None when the client left, or sent nothing for the idle timeout.
+
+        Raises HttpError: 408 for a head that takes too long, and as `Reader.read_head`.
+        """
+        if not self.reader.buffered:
+            with anyio.move_on_after(self._settings.idle_timeout_ns / SECOND_NS):
+                self.reader.buffered += await self.reader.more()
+            if not self.reader.buffered:
+                return None
+        limit = self._limits.head_bytes_max
+        return await self._in_time(
+            lambda: self.reader.read_head(limit, role="request"), self._settings.head_timeout_ns, "the request head"
+        )
+
+    async def read_body(self, head: RequestHead) -> bytes:
+        """Return the whole body of a request.
+
+        Raises HttpError: 408 when it stalls, 413 above the limit; ClientGone when the client leaves inside it.
+        """
+        limit = self._limits.body_bytes_max
+        too_large = HttpError(413, f"the request body is larger than limits.body_bytes_max ({limit} bytes)")
+        if head.content_length > limit:
+            raise too_large
+        if head.expect_continue and not self.reader.buffered:
+            await self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = bytearray()
+        pieces = self.reader.body_chunks(head)
+        try:
+            while True:
+                body += await self._in_time(pieces.__anext__, self._settings.body_timeout_ns, "the request body")
+                if len(body) > limit:
+                    raise too_large
+        except StopAsyncIteration:
+            return bytes(body)
+        except IncompleteBody as error:
+            raise ClientGone(str(error)) from error
+
+    async def _in_time(self, read: Callable[[], Awaitable[_T]], limit_ns: int, what: str) -> _T:
+        limit_s = limit_ns / SECOND_NS
+        with anyio.move_on_after(limit_s):
+            return await read()
+        raise HttpError(408, f"{what} was not received within {limit_s:g} s")
+
+    async def watch(self) -> None:
+        """Return when the client has left; what it sends meanwhile (pipelined requests) is kept, within bounds.
+
+        A client that closes its sending half counts as gone, as it does for Ollama (Go's HTTP server).
+        """
+        buffered = self.reader.buffered
+        while len(buffered) < _PIPELINED_BYTES_MAX:
+            try:
+                buffered += await self._stream.receive()
+            except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+                return
+        await anyio.sleep_forever()
+
+    # --- writing -------------------------------------------------------------------------------------------
+
+    def write_nowait(self, data: bytes) -> int:
+        """Write what fits into the socket's buffer; return how much that was. Raises ClientGone."""
+        if not isinstance(self._stream, SocketStream):
+            return 0
+        try:
+            return self._stream.send_nowait(data)
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            raise ClientGone(str(error)) from error
+
+    async def write(self, data: bytes) -> None:
+        """Write all of `data`. Raises ClientGone, also when the client reads nothing for the write timeout."""
+        at = self.write_nowait(data)
+        if at == len(data):
+            return
+        self.writing = True
+        try:
+            while at < len(data):
+                with anyio.fail_after(self._write_timeout_s):
+                    await self._stream.send(data[at : at + _WRITE_BYTES])
+                at += _WRITE_BYTES
+        except TimeoutError as error:
+            raise ClientGone(f"the client has not read for {self._write_timeout_s:g} s") from error
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            raise ClientGone(str(error)) from error
+        self.writing = False
+
+    # --- the end -------------------------------------------------------------------------------------------
+
+    async def finish(self) -> None:
+        """Close so that the client can still read what was written last.
+
+        Closing with unread input makes the kernel reset the connection, which can destroy an answer under way (RFC 9112
+        §9.6): so end our half and read for a moment what still comes.
+        """
+        try:
+            await self._stream.send_eof()
+            with anyio.move_on_after(_LINGER_S):
+                n_bytes = 0
+                while n_bytes < _LINGER_BYTES_MAX:
+                    n_bytes += len(await self._stream.receive())
+        except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+            pass
+        self.close()
+
+    def close(self) -> None:
+        """Close at once."""
+        close_now(self._stream)

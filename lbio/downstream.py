@@ -1,0 +1,237 @@
+"""Connections from clients: requests read one after the other, each answered here or by a server."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import secrets
+from collections.abc import Iterator
+from email.utils import formatdate
+
+import anyio
+from anyio.abc import ByteStream
+
+from lbcore.config import Strategy
+from lbcore.events import DownstreamClosed
+from lbcore.ollama import Shape, find_route, shape_of
+from lbcore.schema import SECOND_NS
+from lbio.admin import Admin
+from lbio.bodies import read_facts
+from lbio.client import ClientGone, ClientStream
+from lbio.driver import Driver
+from lbio.exchange import ClientRequest, Exchange
+from lbio.headers import upstream_headers
+from lbio.http1 import Framing, HeaderPairs, HttpError, RequestHead, parse_request_head, serialize_response
+from lbio.local import NEEDS_SERVERS, LocalAnswer, answer_route, error_answer, preliminary_answer
+from lbio.relay import Relay
+
+_SETTLE_S = 2.0
+"""How long a merged view waits for the first probes after the start."""
+
+
+class Front:
+    """What all client connections share."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self.admin = Admin(driver)
+        self.draining = False
+        self.body_bytes = 0  # bodies held by all connections together
+        self._boot = secrets.token_hex(2)
+        self._ids: Iterator[int] = itertools.count(1)
+        self.connections: dict[int, ClientConnection] = {}
+        self._connection_ids: Iterator[int] = itertools.count(1)
+
+    def next_id(self) -> tuple[int, str]:
+        """Return a new request's number, and its name in headers and logs, unlike those before a restart."""
+        number = next(self._ids)
+        return number, f"{self._boot}-{number}"
+
+    async def serve(self, stream: ByteStream) -> None:
+        """Serve one connection until it ends."""
+        connection_id = next(self._connection_ids)
+        connection = ClientConnection(stream, self)
+        if len(self.connections) >= self.driver.app.limits.connections_max:
+            await connection.refuse()
+            return
+        self.connections[connection_id] = connection
+        try:
+            await connection.run()
+        except Exception as error:  # noqa: BLE001  one connection must not end the program
+            self.driver.log.defect(error)
+        finally:
+            del self.connections[connection_id]
+            connection.close()
+
+    def drain(self) -> None:
+        """Take no further request: idle connections are closed, the others after their answer."""
+        self.draining = True
+        for connection in self.connections.values():
+            if connection.is_idle:
+                connection.close()
+
+
+class ClientConnection:
+    """One connection from a client."""
+
+    def __init__(self, stream: ByteStream, front: Front) -> None:
+        app = front.driver.app
+        self._client = ClientStream(stream, app.client, app.limits)
+        self._front = front
+        self._driver = front.driver
+        self.is_idle = True
+
+    def close(self) -> None:
+        """Close at once."""
+        self._client.close()
+
+    async def refuse(self) -> None:
+        """Say that there are too many connections already."""
+        answer = error_answer(Shape.NATIVE, 503, "too many connections (limits.connections_max)", retry_after_s=1)
+        with contextlib.suppress(ClientGone):
+            await self._respond(answer, None, close=True)
+        await self._client.finish()
+
+    async def run(self) -> None:
+        """Answer request after request."""
+        try:
+            while await self._serve_one():
+                self.is_idle = True
+            await self._client.finish()
+        except (ClientGone, anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream):
+            pass
+
+    async def _serve_one(self) -> bool:
+        """Read and answer one request; return whether another may follow."""
+        head: RequestHead | None = None
+        try:
+            raw = await self._client.read_head()
+            if raw is None:
+                return False
+            self.is_idle = False
+            head = parse_request_head(raw)
+            body = await self._read_body(head)
+        except HttpError as error:
+            self.is_idle = False
+            shape = shape_of(head.path) if head is not None else Shape.NATIVE
+            await self._respond(error_answer(shape, error.status, error.message), None, close=True)
+            return False
+        try:
+            return await self._answer(head, body)
+        finally:
+            self._front.body_bytes -= len(body)
+
+    async def _read_body(self, head: RequestHead) -> bytes:
+        if head.framing is Framing.NONE:
+            return b""
+        limit = self._driver.app.limits.bodies_bytes_max
+        if self._front.body_bytes + head.content_length > limit:
+            raise HttpError(503, "the request bodies held at present leave no room (limits.bodies_bytes_max)")
+        body = await self._client.read_body(head)
+        if self._front.body_bytes + len(body) > limit:
+            raise HttpError(503, "the request bodies held at present leave no room (limits.bodies_bytes_max)")
+        self._front.body_bytes += len(body)
+        return body
+
+    async def _answer(self, head: RequestHead, body: bytes) -> bool:
+        path = head.path
+        if self._front.admin.is_admin(path):
+            return await self._respond(await self._front.admin.answer(head, body, self._client.peer), head)
+        answer = preliminary_answer(head)
+        if answer is not None:
+            return await self._respond(answer, head)
+        route = find_route(path)
+        strategy = self._driver.balancer.config.route(route.name).strategy
+        if strategy in {Strategy.LOCAL, Strategy.AGGREGATE}:
+            if route.name in NEEDS_SERVERS:
+                await self._settled()
+            return await self._respond(answer_route(route, self._driver.balancer.fleet), head)
+        return await self._forward(head, body)
+
+    async def _settled(self) -> None:
+        """Give the first probes after the start a moment, so that they are not taken for an empty fleet."""
+        with anyio.move_on_after(_SETTLE_S):
+            await self._driver.wait_probed(lambda server: server.last_sync_ns is None and server.probe_failures == 0)
+
+    # --- answers of our own --------------------------------------------------------------------------------
+
+    async def _respond(
+        self, answer: LocalAnswer, head: RequestHead | None, *, close: bool = False, extra: HeaderPairs = ()
+    ) -> bool:
+        close = close or self._must_close(head)
+        headers = [*answer.headers, *extra]
+        if answer.content_type:
+            headers.insert(0, (b"Content-Type", answer.content_type))
+        headers += [(b"Date", formatdate(usegmt=True).encode()), (b"Content-Length", b"%d" % len(answer.body))]
+        headers += _connection_header(head, close=close)
+        body = b"" if head is not None and head.method == "HEAD" else answer.body
+        await self._client.write(serialize_response(answer.status, headers) + body)
+        return not close
+
+    def _must_close(self, head: RequestHead | None) -> bool:
+        return head is None or not head.keep_alive or self._front.draining
+
+    # --- answers of servers --------------------------------------------------------------------------------
+
+    async def _forward(self, head: RequestHead, body: bytes) -> bool:
+        """Let the core decide who answers, and relay that; a client that leaves ends it at once."""
+        request = self._client_request(head, body)
+        exchange = self._driver.open(request)
+        keep = False
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._watch, exchange, tasks.cancel_scope)
+                await exchange.decided.wait()
+                keep = await self._relay(exchange)
+                tasks.cancel_scope.cancel()
+        except* (ClientGone, anyio.BrokenResourceError, anyio.ClosedResourceError):
+            self._driver.dispatch(DownstreamClosed(request.request_id))
+        finally:
+            self._driver.close(exchange)
+        return keep
+
+    async def _watch(self, exchange: Exchange, whole: anyio.CancelScope) -> None:
+        await self._client.watch()
+        self._driver.dispatch(DownstreamClosed(exchange.request.request_id))
+        whole.cancel()
+
+    def _client_request(self, head: RequestHead, body: bytes) -> ClientRequest:
+        number, tag = self._front.next_id()
+        route = find_route(head.path)
+        facts = read_facts(route, head.method, body)
+        headers = upstream_headers(head, len(body), self._client.peer, self._driver.app.proxy.forwarded)
+        return ClientRequest(number, tag, head, route, shape_of(head.path), facts, body, headers)
+
+    async def _relay(self, exchange: Exchange) -> bool:
+        request = exchange.request
+        ours = [
+            (b"X-Ollama-LB-Request-Id", request.tag.encode()),
+            (b"X-Ollama-LB-Attempts", b"%d" % exchange.n_attempts),
+        ]
+        if exchange.rejected is not None or exchange.chosen is None or exchange.chosen.answer is None:
+            refusal = exchange.rejected
+            status, message = (refusal.status, refusal.message) if refusal is not None else (502, "no answer")
+            retry_after_s = refusal.retry_after_s if refusal is not None else 0
+            answer = error_answer(request.shape, status, message, request.tag, retry_after_s=retry_after_s)
+            return await self._respond(answer, request.head, extra=tuple(ours))
+        run = exchange.chosen
+        ours.insert(0, (b"X-Ollama-LB-Server", run.endpoint.name.encode()))
+        close = self._must_close(request.head)
+        return await Relay(exchange, run, exchange.chosen.answer, self._client, self._driver).run(
+            close=close, ours=tuple(ours)
+        )
+
+
+def _connection_header(head: RequestHead | None, *, close: bool) -> list[tuple[bytes, bytes]]:
+    if close:
+        return [(b"Connection", b"close")]
+    if head is not None and head.http_version == "1.0":
+        return [(b"Connection", b"keep-alive")]
+    return []
+
+
+async def drained(front: Front, timeout_ns: int) -> bool:
+    """Wait until no request is under way; False when that takes longer than `timeout_ns`."""
+    with anyio.move_on_after(timeout_ns / SECOND_NS):
+        await front.driver.wait_all_answered()
+    return front.driver.n_requests == 0

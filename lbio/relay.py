@@ -1,0 +1,97 @@
+"""The byte pump after an answer was chosen: what is held, every piece as it comes, and a good or an honest end."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from lbcore.events import Event, Reason
+from lbcore.ollama import error_tail
+from lbio.attempt import AttemptRun
+from lbio.client import ClientStream
+from lbio.exchange import Exchange
+from lbio.headers import downstream_headers
+from lbio.http1 import LAST_CHUNK, Framing, HeaderPairs, HttpError, IncompleteBody, encode_chunk, serialize_response
+from lbio.upstream import Answer
+
+
+class Core(Protocol):
+    """What the relay needs of the driver."""
+
+    def dispatch(self, event: Event) -> None:
+        """Give the core an event and carry out what it commands."""
+
+    def note_chunk(self, attempt_id: int, n_bytes: int, n_tokens: int) -> None:
+        """Count a piece of an answer."""
+
+    def note_paused(self, attempt_id: int, *, paused: bool) -> None:
+        """Tell the core that an answer is, or is not, being read."""
+
+
+class Relay:
+    """Gives one client the answer that was chosen for it."""
+
+    __slots__ = ("_answer", "_client", "_core", "_exchange", "_framing", "_run")
+
+    def __init__(self, exchange: Exchange, run: AttemptRun, answer: Answer, client: ClientStream, core: Core) -> None:
+        self._exchange = exchange
+        self._run = run
+        self._answer = answer
+        self._client = client
+        self._core = core
+        self._framing = Framing.NONE
+
+    async def run(self, *, close: bool, ours: HeaderPairs) -> bool:
+        """Relay to the end; return whether the connection can carry another request. Raises ClientGone."""
+        request, answer = self._exchange.request, self._answer
+        headers, self._framing = downstream_headers(answer.head, request.head, close=close, ours=ours)
+        with self._exchange.relay_scope:
+            held = bytes(answer.held)
+            answer.held.clear()
+            await self._write(serialize_response(answer.head.status, headers, answer.head.reason) + self._framed(held))
+            await self._pump()
+        return await self._end() and not close and self._framing is not Framing.CLOSE
+
+    async def _pump(self) -> None:
+        answer, run, core = self._answer, self._run, self._core
+        try:
+            while not answer.ended:
+                payload = await answer.read()
+                n_tokens = answer.watcher.feed(payload)
+                core.note_chunk(run.attempt_id, len(payload), n_tokens)
+                if payload:
+                    await self._write(self._framed(payload))
+        except IncompleteBody as error:
+            run.report_broken(Reason.TRUNCATED, str(error))
+        except HttpError as error:
+            run.report_broken(Reason.GARBAGE, error.message)
+        else:
+            if not self._exchange.passed_on:
+                run.report_end(answer)
+
+    async def _write(self, data: bytes) -> None:
+        at = self._client.write_nowait(data)
+        if at < len(data):
+            # A slow client: nothing more is read from the server meanwhile, whose silence is then not its own.
+            self._core.note_paused(self._run.attempt_id, paused=True)
+            await self._client.write(data[at:])
+            self._core.note_paused(self._run.attempt_id, paused=False)
+
+    def _framed(self, payload: bytes) -> bytes:
+        return encode_chunk(payload) if self._framing is Framing.CHUNKED else payload
+
+    async def _end(self) -> bool:
+        """Write the end of the body; return whether the client got a whole message."""
+        answer, aborted = self._answer, self._exchange.aborted
+        if aborted is None:
+            if answer.ended and self._framing is Framing.CHUNKED:
+                await self._client.write(LAST_CHUNK)
+            return answer.ended
+        if self._client.writing or not answer.streams or self._framing is Framing.LENGTH:
+            return False  # the message cannot be completed: closing early is what tells the client
+        if not answer.watcher.failed:  # else the server has told of the error itself
+            break_line = b"" if answer.watcher.at_line_start else b"\n"
+            tail = error_tail(self._exchange.request.shape, aborted, self._exchange.request.tag)
+            await self._client.write(self._framed(break_line + tail))
+        if self._framing is Framing.CHUNKED:
+            await self._client.write(LAST_CHUNK)
+        return True

@@ -1,0 +1,172 @@
+"""`ollama-lb run`: everything put together, from the first probe to the last byte at shutdown."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import random
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from typing import Any
+
+import anyio
+from anyio.abc import TaskGroup, TaskStatus
+
+from lbcore.balancer import LoadBalancer
+from lbcore.config import ServerSettings
+from lbcore.events import DrainDeadlinePassed
+from lbcore.schema import SECOND_NS
+from lbio import logs
+from lbio.addresses import Address, parse_listen
+from lbio.downstream import Front, drained
+from lbio.driver import Driver
+from lbio.settings import AppConfig
+from lbio.status import align
+from lbio.streams import SocketListener
+
+_log = logging.getLogger("ollama_lb")
+_CUT_S = 0.5  # for error lines to be written once the drain deadline has passed
+
+FleetFactory = Callable[[], AbstractAsyncContextManager[Sequence[ServerSettings]]]
+"""Starts servers of its own (the demo's) and says where they are."""
+
+
+def run(app: AppConfig, *, fleet: FleetFactory | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit code (0: ended as asked, 1: could not start)."""
+    logs.set_up(app.log)
+    try:
+        return anyio.run(_main, app, fleet, backend_options={"use_uvloop": _has_uvloop()})
+    except KeyboardInterrupt:  # where signals cannot be received by the event loop (Windows)
+        return 0
+
+
+def _has_uvloop() -> bool:
+    return importlib.util.find_spec("uvloop") is not None
+
+
+async def _main(app: AppConfig, fleet: FleetFactory | None) -> int:
+    async with contextlib.AsyncExitStack() as stack:
+        if fleet is not None:
+            servers = await stack.enter_async_context(fleet())
+            app = replace(app, core=replace(app.core, servers=(*app.core.servers, *servers)))
+        try:
+            service = await stack.enter_async_context(start(app))
+        except OSError as error:
+            _log.error("cannot start: %s", error)
+            return 1
+        _greet(service, demo=fleet is not None)
+        await _until_told(service)
+    return 0
+
+
+class Service:
+    """A running load balancer."""
+
+    def __init__(self, app: AppConfig, driver: Driver, front: Front, addresses: Sequence[tuple[str, int]]) -> None:
+        self.app = app
+        self.driver = driver
+        self.front = front
+        self.addresses = addresses
+
+    @property
+    def url(self) -> str:
+        """Where clients on this machine reach it."""
+        host, port = self.addresses[0]
+        local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+        return f"http://{Address(local, port)}"
+
+
+@contextlib.asynccontextmanager
+async def start(app: AppConfig, *, clock: Callable[[], int] = time.monotonic_ns) -> AsyncIterator[Service]:
+    """Start a load balancer, and drain it at the end. Raises OSError when it cannot listen or a ca_file is unusable."""
+    address = parse_listen(app.listen)
+    listener = await SocketListener.listen(address.host, address.port)
+    try:
+        seed = app.seed if app.seed is not None else random.SystemRandom().getrandbits(63)
+        _log.debug("seed = %d", seed)
+        async with anyio.create_task_group() as tasks:
+            balancer = LoadBalancer(app.core, random.Random(seed))  # noqa: S311
+            driver = Driver(balancer, app, tasks, logs.Log(app.log), clock)
+            for settings in app.core.servers:
+                driver.new_endpoint(settings)  # an unusable ca_file is found now
+            front = Front(driver)
+            tasks.start_soon(driver.run_timer)
+            tasks.start_soon(driver.sweep_pools)
+            tasks.start_soon(listener.accept_forever, lambda stream: tasks.start_soon(front.serve, stream))
+            try:
+                yield Service(app, driver, front, listener.addresses)
+                listener.close()
+                await _drain(front, app.drain_timeout_ns)
+            finally:
+                driver.close_pools()
+                tasks.cancel_scope.cancel()
+    finally:
+        listener.close()
+
+
+async def _drain(front: Front, timeout_ns: int) -> None:
+    """Finish what is under way, then cut what is left with an error."""
+    front.drain()
+    n_requests = front.driver.n_requests
+    if n_requests:
+        _log.info("shutting down: waiting up to %g s for %d requests", timeout_ns / SECOND_NS, n_requests)
+    if not await drained(front, timeout_ns):
+        _log.warning("shutting down: %d requests are cut", front.driver.n_requests)
+        front.driver.dispatch(DrainDeadlinePassed())
+        await drained(front, int(_CUT_S * SECOND_NS))
+
+
+async def _until_told(service: Service) -> None:
+    """Return at the first SIGTERM or SIGINT; a second one ends the program at once."""
+    told = anyio.Event()
+
+    async def listen(*, task_status: TaskStatus[None]) -> None:
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
+            async for number in signals:
+                if told.is_set():
+                    _log.warning("second %s: exiting at once", signal.Signals(number).name)
+                    logging.shutdown()
+                    sys.stdout.flush()
+                    _exit_now()
+                _log.info("%s: shutting down", signal.Signals(number).name)
+                told.set()
+
+    await _start_listening(service.driver.tasks, listen)
+    await told.wait()
+
+
+async def _start_listening(tasks: TaskGroup, listen: Any) -> None:
+    try:
+        await tasks.start(listen)
+    except NotImplementedError:  # Windows: KeyboardInterrupt does the same
+        await anyio.sleep_forever()
+
+
+def _exit_now() -> None:
+    import os  # noqa: PLC0415
+
+    os._exit(1)
+
+
+def _greet(service: Service, *, demo: bool) -> None:
+    """Say where it listens, over what, and what to paste."""
+    servers = [("SERVER", "URL", "SLOTS"), *((s.name, s.url, str(s.slots)) for s in service.app.core.servers)]
+    model = _a_model(service) if demo else "llama3.2"
+    print(  # noqa: T201  for people at a terminal
+        f"ollama-lb listens on {service.url}\n\n{align(servers)}\n\n"
+        f"try it:  curl -N {service.url}/api/chat -d "
+        f"""'{{"model": "{model}", "messages": [{{"role": "user", "content": "hello"}}]}}'\n"""
+        f"watch:   curl -H 'Accept: text/plain' {service.url}/status\n",
+        flush=True,
+    )
+
+
+def _a_model(service: Service) -> str:
+    names = [name for server in service.driver.balancer.fleet for name in server.models]
+    return names[0].removesuffix(":latest") if names else "llama3.2"

@@ -1,0 +1,110 @@
+"""What `GET /status` tells of every server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lbcore.balancer import LoadBalancer
+from lbcore.records import Server, ServerModel
+from lbcore.schema import MS_NS, SECOND_NS
+
+
+def status(balancer: LoadBalancer, now_ns: int) -> dict[str, Any]:
+    """Return the state of the fleet. Times are seconds ago, or milliseconds where the name says so."""
+    ledger = balancer.ledger
+    return {
+        "servers": [_server(server, now_ns) for server in balancer.fleet],
+        "requests": len(ledger.requests),
+        "queued": len(ledger.queue),
+        "attempts": len(ledger.attempts),
+        "retries": ledger.retry_budget.under_way,
+        "wasted_tokens": ledger.wasted_tokens,
+    }
+
+
+def _server(server: Server, now_ns: int) -> dict[str, Any]:
+    return {
+        "name": server.name,
+        "url": server.settings.url,
+        "state": server.state,
+        "health": round(server.health, 2),
+        "reliability": server.reliability,
+        "doubted": server.doubted,
+        "version": server.version,
+        "in_flight": server.in_flight,
+        "models": {name: _model(record) for name, record in sorted(server.models.items())},
+        "last_error": server.last_error or None,
+        "last_error_s_ago": _s_ago(server.last_error_ns, now_ns),
+        "last_sync_s_ago": _s_ago(server.last_sync_ns, now_ns),
+    }
+
+
+def _model(record: ServerModel) -> dict[str, Any]:
+    ttft_ns = max(record.ttft_ns or 0, record.floor_ns)
+    return {
+        "on_disk": record.available is not None,
+        "loaded": record.loaded,
+        "in_flight": record.in_flight,
+        "digest": record.available.digest if record.available is not None else None,
+        "first_token_ms": round(ttft_ns / MS_NS, 1) if ttft_ns else None,
+        "tokens_per_s": round(record.token_rate, 1) if record.token_rate is not None else None,
+    }
+
+
+def _s_ago(then_ns: int | None, now_ns: int) -> float | None:
+    return None if then_ns is None else round((now_ns - then_ns) / SECOND_NS, 1)
+
+
+_COLUMNS = (
+    "SERVER",
+    "STATE",
+    "HEALTH",
+    "RELIABILITY",
+    "IN FLIGHT",
+    "MODELS",
+    "LOADED",
+    "TTFT",
+    "TOKENS/S",
+    "SYNCED",
+    "LAST ERROR",
+)
+
+
+def as_table(told: dict[str, Any]) -> str:
+    """Return the same for people: a line for each server."""
+    lines = align([_COLUMNS, *(_row(server) for server in told["servers"])])
+    summary = (
+        f"{told['requests']} requests in flight, {told['queued']} queued, {told['attempts']} attempts,"
+        f" {told['retries']} retries, {told['wasted_tokens']} tokens wasted so far"
+    )
+    return f"{lines}\n\n{summary}\n"
+
+
+def _row(server: dict[str, Any]) -> tuple[str, ...]:
+    models: dict[str, dict[str, Any]] = server["models"]
+    loaded = [name for name, model in models.items() if model["loaded"]]
+    known = [model for model in models.values() if model["first_token_ms"] is not None]
+    rates = [model["tokens_per_s"] for model in models.values() if model["tokens_per_s"] is not None]
+    error = server["last_error"]
+    return (
+        server["name"],
+        server["state"] + (" (doubted)" if server["doubted"] else ""),
+        f"{server['health']:.1f}",
+        server["reliability"],
+        str(server["in_flight"]),
+        str(sum(1 for model in models.values() if model["on_disk"])),
+        ", ".join(loaded) or "-",
+        f"{min(model['first_token_ms'] for model in known):.0f} ms" if known else "-",
+        f"{max(rates):.0f}" if rates else "-",
+        "never" if server["last_sync_s_ago"] is None else f"{server['last_sync_s_ago']:.0f} s ago",
+        "-" if error is None else f"{error} ({server['last_error_s_ago']:.0f} s ago)",
+    )
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as lines whose columns are aligned."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
