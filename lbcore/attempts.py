@@ -107,12 +107,12 @@ class Attempts:
             else:
                 stats.answer.add(now_ns - winner.started_ns)
         self._ledger.disarm(request)
-        for loser in request.live_attempts:
+        for loser in request.live_attempts[:]:
             if loser is winner:
                 continue
             if loser.first_token_ns is None:
                 if loser.loader:
-                    loser.detached = True
+                    self._ledger.detach(loser)
                     self._ledger.record(
                         Decision.CANCELLED,
                         request,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from lbcore.events import Reason
 
@@ -116,8 +117,7 @@ class Decision(StrEnum):
     SERVER_GONE = "server-gone"
 
 
-@dataclass(frozen=True, slots=True)
-class RecordDecision:
+class RecordDecision(NamedTuple):
     """One decision: about a request (`request_id`, else 0), mostly about a server (`server`, its name, else "").
 
     `why` is the rule in words. `before` and `after` are a value that changed; `took_ns` is the time the thing

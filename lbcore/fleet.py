@@ -21,6 +21,8 @@ from lbcore.states import (
 )
 from lbcore.timers import TimerKind, Timers
 
+_HOLDERS_MAX = 1024
+
 
 class Fleet:
     """All servers by id, in the order they were named."""
@@ -33,12 +35,27 @@ class Fleet:
         self._last_probe_id = 0
         self.servers: dict[int, Server] = {}
         self.stats: dict[str, ModelStats] = {}
+        self._holders: dict[str | None, list[Server]] = {}
         self.version = 0  # changes whenever the catalog does, so that answers made of it can be kept until then
         for settings in config.servers:
             self._new_server(settings, 0)
 
     def __iter__(self) -> Iterator[Server]:
         return iter(self.servers.values())
+
+    def holders(self, model: str | None) -> list[Server]:
+        """Return the live servers that have a model (None: all that are alive); not to be changed by the caller."""
+        known = self._holders.get(model)
+        if known is None:
+            if len(self._holders) >= _HOLDERS_MAX:  # names come from clients
+                self._holders.clear()
+            known = [server for server in self if server.is_alive and (model is None or server.has(model))]
+            self._holders[model] = known
+        return known
+
+    def _changed(self) -> None:
+        self.version += 1
+        self._holders.clear()
 
     def by_name(self, name: str) -> Server | None:
         """Return the server called `name`."""
@@ -72,7 +89,7 @@ class Fleet:
             self._record(Decision.SERVER_DRAINING, server, f"{server.in_flight} in flight")
             self._cancel_probe(server)
             self._timers.cancel(TimerKind.PROBE, server.id)
-            self.version += 1
+            self._changed()
             self.forget_if_drained(server)
 
     def forget_if_drained(self, server: Server) -> None:
@@ -109,10 +126,10 @@ class Fleet:
             if self._step(server, ServerInput.REVIVE):
                 server.probe_failures = server.probe_pause_ns = 0
                 server.died_ns = None
-                self.version += 1
+                self._changed()
         elif self._step(server, ServerInput.DIE):
             server.died_ns = now_ns
-            self.version += 1
+            self._changed()
 
     def _step(self, server: Server, given: ServerInput) -> bool:
         following = step_server(server.state, given)
@@ -172,6 +189,8 @@ class Fleet:
             self.probe_now(server, now_ns)  # /api/ps lists it from now on
         elif attempt.request.stream:
             target.note_first_token(took_ns, now_ns)
+        if not target.loaded and target.available is None:
+            self._changed()
         target.loaded = True
         target.runner_key = attempt.request.runner_key
 
@@ -189,7 +208,7 @@ class Fleet:
         record = server.model(model)
         record.available = record.active = None
         record.loaded = False
-        self.version += 1
+        self._changed()
         self.probe_now(server, now_ns)
 
     def unloaded(self, server: Server, model: str, now_ns: int) -> None:
@@ -197,7 +216,7 @@ class Fleet:
         record = server.model(model)
         record.active = record.runner_key = None
         record.loaded = False
-        self.version += 1
+        self._changed()
         self.probe_now(server, now_ns)
 
     def _sync_models(self, server: Server, event: ModelsSynced) -> None:
@@ -214,7 +233,7 @@ class Fleet:
                 record.runner_key = None
             if not (record.available or record.loaded or record.in_flight):
                 del server.models[name]
-        self.version += 1
+        self._changed()
 
     # --- probes --------------------------------------------------------------------------------------------
 

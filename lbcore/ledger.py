@@ -44,6 +44,7 @@ class Ledger:
         self._last_attempt_id += 1
         attempt = Attempt(self._last_attempt_id, request, server, kind, now_ns)
         request.attempts.append(attempt)
+        request.live_attempts.append(attempt)
         self.attempts[attempt.id] = attempt
         server.in_flight += 1
         if attempt.target is not None:
@@ -78,6 +79,8 @@ class Ledger:
     def release(self, attempt: Attempt) -> None:
         """Give back what an ended attempt held."""
         del self.attempts[attempt.id]
+        if not attempt.detached:
+            attempt.request.live_attempts.remove(attempt)
         self._timers.cancel(TimerKind.ATTEMPT, attempt.id)
         attempt.server.in_flight -= 1
         if attempt.target is not None:
@@ -89,6 +92,11 @@ class Ledger:
         if attempt.request.committed is not attempt:
             self.wasted_tokens += attempt.n_tokens
         self._fleet.forget_if_drained(attempt.server)
+
+    def detach(self, attempt: Attempt) -> None:
+        """Let an attempt that lost its race go on, until the model it loads is loaded."""
+        attempt.detached = True
+        attempt.request.live_attempts.remove(attempt)
 
     def cancel(self, attempt: Attempt, reason: Reason, why: str, now_ns: int) -> None:
         """Cancel an attempt that is not needed any more."""
@@ -105,7 +113,7 @@ class Ledger:
 
     def cancel_all(self, request: Request, reason: Reason, now_ns: int) -> None:
         """Cancel whatever still runs for a request."""
-        for attempt in request.live_attempts:
+        for attempt in request.live_attempts[:]:
             self.cancel(attempt, reason, reason, now_ns)
 
     # --- requests ------------------------------------------------------------------------------------------
@@ -126,8 +134,9 @@ class Ledger:
         self, request: Request, given: RequestInput, decision: Decision, why: str, now_ns: int, *, server: str = ""
     ) -> None:
         """End a request: this is its one outcome."""
+        if request.state is not RequestState.RELAYING:  # else that was done at the commit
+            self.disarm(request)
         self.step(request, given)
-        self.disarm(request)
         self.queue.remove(request)
         del self.requests[request.id]
         self.record(decision, request, why, server=server, took_ns=now_ns - request.arrived_ns)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 from lbcore.config import RaceSettings, RouteSettings, Strategy
@@ -132,6 +133,7 @@ _DEFAULT_HOST = "registry.ollama.ai/"
 _DEFAULT_NAMESPACE = "library/"
 
 
+@lru_cache(maxsize=1024)
 def canonical_model(name: str) -> str:
     """Return the one spelling under which a model is known here.
 

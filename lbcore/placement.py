@@ -55,7 +55,7 @@ class Placement:
         extra = list(ordered[1 : route.racers_min])
         if self._utilisation(request) <= self._config.race.utilisation_max:
             for server in ordered[max(1, route.racers_min) :]:
-                if len(extra) + 1 >= route.racers_max:
+                if len(extra) + 1 >= route.racers_max or self.race_budget.credits < 1.0:
                     break
                 if _is_trusted_and_ready(server, request, now_ns) and self.race_budget.spend():
                     extra.append(server)
@@ -82,11 +82,11 @@ class Placement:
     def _utilisation(self, request: Request) -> float:
         """Return the share of this model's slots that are in use on live servers that have it loaded."""
         busy = slots = 0
-        for server in self._fleet:
+        for server in self._fleet.holders(request.model):
             record = server.models.get(request.model or "")
-            if server.is_alive and record is not None and record.loaded:
-                slots += server.settings.slots
-                busy += min(record.in_flight, server.settings.slots)
+            if record is not None and record.loaded:
+                slots += server.slots
+                busy += min(record.in_flight, server.slots)
         return busy / slots if slots else 0.0
 
     def hedge(self, request: Request, now_ns: int) -> Server | None:
@@ -94,7 +94,9 @@ class Placement:
 
         One without an idle slot, and outside the race budget, only when every server asked so far is dead or in doubt.
         """
-        candidates = [s for s in selection.eligible(self._fleet, request) if selection.has_room(s, request)]
+        candidates = [
+            s for s in selection.eligible(self._fleet.holders(request.model), request) if selection.has_room(s, request)
+        ]
         hopeless = all(not a.server.is_alive or a.server.doubted for a in request.live_attempts)
         usable = [s for s in candidates if selection.is_ready(s, request)] or (candidates if hopeless else [])
         if not usable or not (hopeless or self.race_budget.spend()):
@@ -103,7 +105,7 @@ class Placement:
 
     def next_after_failure(self, request: Request, now_ns: int) -> Server | None:
         """Return the next server that could answer, a full one or a dead one if there is no better."""
-        candidates = selection.eligible(self._fleet, request)
+        candidates = selection.eligible(self._fleet.holders(request.model), request)
         usable = [s for s in candidates if selection.has_room(s, request)] or candidates or self._dead(request)
         return self.order(usable, request, now_ns)[0] if usable else None
 

@@ -70,6 +70,7 @@ class ServerModel:
         "available",
         "floor_ns",
         "in_flight",
+        "known_ns",
         "load_ns",
         "loaded",
         "loading",
@@ -91,6 +92,7 @@ class ServerModel:
         self.ttft_samples: deque[int] = deque(maxlen=_MEDIAN_OF)
         self.ttft_ns: int | None = None  # median of the last 5, so that one long prompt does not count
         self.floor_ns = 0  # lower bound from lost races
+        self.known_ns = 0  # the higher of the two; 0: nothing is known
         self.seen_ns = 0  # when the two above last changed
         self.load_ns: float | None = None
         self.service_ns: float | None = None
@@ -106,11 +108,13 @@ class ServerModel:
         ordered = sorted(self.ttft_samples)
         self.ttft_ns = ordered[len(ordered) // 2]
         self.floor_ns = 0
+        self.known_ns = self.ttft_ns
         self.seen_ns = now_ns
 
     def raise_floor(self, floor_ns: int, now_ns: int) -> None:
         """Take a lower bound of the first-token time; it can only raise the estimate."""
         self.floor_ns = max(self.floor_ns, floor_ns)
+        self.known_ns = max(self.known_ns, floor_ns)
         self.seen_ns = now_ns
 
 
@@ -124,6 +128,7 @@ class Server:
         "health",
         "id",
         "in_flight",
+        "in_flight_max",
         "last_error",
         "last_error_ns",
         "last_sync_ns",
@@ -135,6 +140,7 @@ class Server:
         "probe_pause_ns",
         "reliability",
         "settings",
+        "slots",
         "state",
         "trusted_from_ns",
         "version",
@@ -144,6 +150,8 @@ class Server:
         self.id = server_id
         self.name = settings.name
         self.settings = settings
+        self.slots = settings.slots
+        self.in_flight_max = settings.in_flight_max
         self.state = ServerState.DEAD
         self.health = 0.0
         self.reliability = Reliability.RELIABLE
@@ -270,6 +278,7 @@ class Request:
         "id",
         "kind",
         "last_answered",
+        "live_attempts",
         "model",
         "route",
         "runner_key",
@@ -290,6 +299,7 @@ class Request:
         self.state = RequestState.QUEUED
         self.arrived_ns = now_ns
         self.attempts: list[Attempt] = []
+        self.live_attempts: list[Attempt] = []  # those that may still answer it; kept by the ledger
         self.committed: Attempt | None = None
         self.failures: list[Failure] = []
         self.suspects: list[tuple[Server, Failure]] = []  # 5xx, blamed once another server answers well
@@ -300,11 +310,6 @@ class Request:
 
     def __repr__(self) -> str:
         return f"<Request {self.id} {self.event.route} {self.model} {self.state} attempts={len(self.attempts)}>"
-
-    @property
-    def live_attempts(self) -> list[Attempt]:
-        """Attempts that may still answer this request."""
-        return [attempt for attempt in self.attempts if attempt.is_live and not attempt.detached]
 
     def has_tried(self, server: Server) -> bool:
         """Tell whether this server was asked already."""

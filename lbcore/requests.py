@@ -55,7 +55,7 @@ class Requests:
         request.awaits_sync = False
         if request.kind is RequestKind.UNLOAD and self._start_unload(request, now_ns):
             return True
-        candidates = selection.eligible(self._fleet, request)
+        candidates = selection.eligible(self._fleet.holders(request.model), request)
         if candidates:
             with_room = [server for server in candidates if selection.has_room(server, request)]
             if not with_room:

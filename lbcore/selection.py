@@ -8,7 +8,8 @@ model first or has a queue is asked when the others cannot.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from math import log
 from random import Random
 
 from lbcore.config import Config, Policy
@@ -16,21 +17,22 @@ from lbcore.records import LOAD_UNKNOWN_NS, SERVICE_UNKNOWN_NS, TTFT_UNKNOWN_NS,
 from lbcore.states import Reliability
 
 _DOUBT_RANKS = 2  # a doubted server counts as four times slower than it looks
-_WEIGHT_MIN = 1e-6
+_LAST_RANKS = 1000  # behind all others, in the same order among themselves
+_WEIGHT_MIN = 1e-6  # of a server that has never been alive
 
 
-def eligible(servers: Iterable[Server], request: Request) -> list[Server]:
-    """Return the live servers that have what the request needs and were not asked yet."""
-    model = request.model
-    return [s for s in servers if s.is_alive and (model is None or s.has(model)) and not request.has_tried(s)]
+def eligible(holders: list[Server], request: Request) -> list[Server]:
+    """Return those of the live servers that have what the request needs (`Fleet.holders`) that were not asked yet."""
+    if not request.attempts:
+        return holders
+    return [server for server in holders if not request.has_tried(server)]
 
 
 def has_room(server: Server, request: Request) -> bool:
     """Tell whether one more request for this model may be sent to the server."""
     if not request.generates or request.model is None:
         return True
-    record = server.models.get(request.model)
-    return record is None or record.in_flight < server.settings.in_flight_max
+    return server.models[request.model].in_flight < server.in_flight_max
 
 
 def is_ready(server: Server, request: Request) -> bool:
@@ -38,7 +40,7 @@ def is_ready(server: Server, request: Request) -> bool:
     if request.model is None or not request.generates:
         return True
     record = server.models.get(request.model)
-    return record is not None and record.is_warm(request.runner_key) and record.in_flight < server.settings.slots
+    return record is not None and record.is_warm(request.runner_key) and record.in_flight < server.slots
 
 
 def is_passed_over(server: Server, now_ns: int) -> bool:
@@ -48,27 +50,22 @@ def is_passed_over(server: Server, now_ns: int) -> bool:
     return server.reliability is Reliability.SECOND_CHANCE and server.in_flight > 0
 
 
-def estimate_ns(record: ServerModel, best_ns: float, now_ns: int, forget_ns: int) -> float:
-    """Return the first-token time of a loaded, idle model, ns.
+def faded_ns(record: ServerModel, best_ns: float, now_ns: int, forget_ns: int) -> float:
+    """Return what is left of a first-token time that is long compared to `best_ns`, ns.
 
     What was measured or inferred fades towards `best_ns` with the half-life `forget_ns`, so that what is slow now is
     tried again later.
     """
-    known = max(record.ttft_ns or 0, record.floor_ns)
-    if known <= best_ns:
-        return known or best_ns
     faded: float = 0.5 ** ((now_ns - record.seen_ns) / forget_ns)
-    return best_ns + (known - best_ns) * faded
+    return best_ns + (record.known_ns - best_ns) * faded
 
 
-def expected_ns(server: Server, record: ServerModel | None, request: Request, first_token_ns: float) -> float:
+def expected_ns(server: Server, record: ServerModel, request: Request, first_token_ns: float) -> float:
     """Return when a first token can be expected, ns from now: the queue, the load and the prompt."""
-    if record is None:
-        return LOAD_UNKNOWN_NS + first_token_ns
     expected = first_token_ns
-    waiting = record.in_flight - server.settings.slots + 1
+    waiting = record.in_flight - server.slots + 1
     if waiting > 0:
-        expected += waiting * (record.service_ns or SERVICE_UNKNOWN_NS) / server.settings.slots
+        expected += waiting * (record.service_ns or SERVICE_UNKNOWN_NS) / server.slots
     if not record.is_warm(request.runner_key):
         loads_before = sum(1 for other in server.models.values() if other.loading and other is not record)
         expected += (1 + loads_before) * (record.load_ns or LOAD_UNKNOWN_NS)
@@ -82,32 +79,35 @@ def order(candidates: Sequence[Server], request: Request, config: Config, rng: R
     """
     if len(candidates) == 1:
         return list(candidates)
-    ranks = _ranks(candidates, request, config, now_ns)
-    keys = [
-        (is_passed_over(server, now_ns), rank, rng.expovariate(max(server.health, _WEIGHT_MIN)))
-        for server, rank in zip(candidates, ranks, strict=True)
-    ]
-    by_key = sorted(range(len(candidates)), key=keys.__getitem__)
-    return [candidates[i] for i in by_key]
+    draw = rng.random
+    keys: list[tuple[int, float, int]] = []
+    for i, rank in enumerate(_ranks(candidates, request, config, now_ns)):
+        server = candidates[i]
+        if server.doubted:
+            rank += _DOUBT_RANKS  # noqa: PLW2901
+        if server.reliability is not Reliability.RELIABLE and is_passed_over(server, now_ns):
+            rank += _LAST_RANKS  # noqa: PLW2901
+        keys.append((rank, -log(1.0 - draw()) / (server.health or _WEIGHT_MIN), i))
+    keys.sort()
+    return [candidates[key[2]] for key in keys]
 
 
 def _ranks(candidates: Sequence[Server], request: Request, config: Config, now_ns: int) -> list[int]:
-    if request.model is None or not request.generates:
-        return [_DOUBT_RANKS if server.doubted else 0 for server in candidates]
-    records = [server.models.get(request.model) for server in candidates]
+    """Return for each candidate how often its expected first-token time doubles the best one's."""
+    model, runner_key = request.model, request.runner_key
+    if model is None or not request.generates:
+        return [0] * len(candidates)
+    records = [server.models[model] for server in candidates]
     if config.selection.policy is Policy.HEALTH:
-        return [0 if record is not None and record.is_warm(request.runner_key) else 1 for record in records]
-    known = [max(r.ttft_ns or 0, r.floor_ns) for r in records if r is not None and r.ttft_ns]
-    best_ns = float(min(known, default=TTFT_UNKNOWN_NS))
-    forget_ns = config.selection.forget_ns
-    expected = [
-        expected_ns(
-            server, record, request, best_ns if record is None else estimate_ns(record, best_ns, now_ns, forget_ns)
-        )
-        for server, record in zip(candidates, records, strict=True)
-    ]
+        return [0 if record.is_warm(runner_key) else 1 for record in records]
+    best_ns = min([record.known_ns for record in records if record.known_ns], default=TTFT_UNKNOWN_NS)
+    expected: list[float] = []
+    for server, record in zip(candidates, records, strict=True):
+        first_token_ns: float = record.known_ns or best_ns
+        if first_token_ns >= 2 * best_ns:  # below, the rank is the same whatever has faded
+            first_token_ns = faded_ns(record, best_ns, now_ns, config.selection.forget_ns)
+        if record.in_flight >= server.slots or not record.is_warm(runner_key):
+            first_token_ns = expected_ns(server, record, request, first_token_ns)
+        expected.append(first_token_ns)
     soonest = max(min(expected), 1.0)
-    return [
-        int(e / soonest).bit_length() - 1 + (_DOUBT_RANKS if server.doubted else 0)
-        for server, e in zip(candidates, expected, strict=True)
-    ]
+    return [0 if e < 2 * soonest else int(e / soonest).bit_length() - 1 for e in expected]

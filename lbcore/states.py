@@ -7,7 +7,7 @@ counts as a late event and otherwise ignores (an attempt's last events may cross
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum, StrEnum
+from enum import StrEnum
 
 
 class RequestState(StrEnum):
@@ -22,7 +22,7 @@ class RequestState(StrEnum):
     ABORTED = "aborted"
 
 
-class RequestInput(Enum):
+class RequestInput(StrEnum):
     """What can happen to a request."""
 
     START = "its first attempt was started"
@@ -61,7 +61,7 @@ class AttemptState(StrEnum):
     CANCELLED = "cancelled"
 
 
-class AttemptInput(Enum):
+class AttemptInput(StrEnum):
     """What can happen to an attempt."""
 
     CONNECTED = "the server accepted the connection"
@@ -100,7 +100,7 @@ class ServerState(StrEnum):
     DRAINING = "draining"
 
 
-class ServerInput(Enum):
+class ServerInput(StrEnum):
     """What can happen to a server."""
 
     REVIVE = "its health rose to 1.0 or more"
@@ -124,7 +124,7 @@ class Reliability(StrEnum):
     SECOND_CHANCE = "SecondChanceGiven"
 
 
-class ReliabilityInput(Enum):
+class ReliabilityInput(StrEnum):
     """What can happen to a reliability record."""
 
     BROKE = "a stream broke after its first token"

@@ -215,17 +215,16 @@ class AttemptRun:
             if not begun and status < 400 and (answer.watcher.n_tokens if answer.streams else payload):
                 begun = True
                 self._core.dispatch(FirstTokenReceived(self.attempt_id))
-            if self._is_over:
+            if self._is_over():
                 return
             if not full and len(answer.held) > self._buffer_bytes_max:
                 full = True
                 self._overflow(answer)
-                if self._is_over:
+                if self._is_over():
                     return
                 await anyio.sleep_forever()  # until it is chosen or cancelled; the server feels it as backpressure
         self.report_end(answer)
 
-    @property
     def _is_over(self) -> bool:
         """Somebody else reads the answer now, or nobody does."""
         return self.chosen or self._reported

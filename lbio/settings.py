@@ -117,11 +117,11 @@ class ProxySettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdminSettings:
-    """The management endpoints: /add_server, /sync_servers, DELETE /servers/NAME (`[admin]`)."""
+    """The management endpoints: /status, /add_server, /sync_servers, DELETE /servers/NAME (`[admin]`)."""
 
     allow: AdminAccess = setting(
         Kind.CHOICE,
-        "who may add, sync and remove servers; any lets everyone who reaches this address do so",
+        "who may see /status and add, sync and remove servers; any lets everyone who reaches this address do so",
         AdminAccess.LOOPBACK)
 
 

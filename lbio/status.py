@@ -41,13 +41,12 @@ def _server(server: Server, now_ns: int) -> dict[str, Any]:
 
 
 def _model(record: ServerModel) -> dict[str, Any]:
-    ttft_ns = max(record.ttft_ns or 0, record.floor_ns)
     return {
         "on_disk": record.available is not None,
         "loaded": record.loaded,
         "in_flight": record.in_flight,
         "digest": record.available.digest if record.available is not None else None,
-        "first_token_ms": round(ttft_ns / MS_NS, 1) if ttft_ns else None,
+        "first_token_ms": round(record.known_ns / MS_NS, 1) if record.known_ns else None,
         "tokens_per_s": round(record.token_rate, 1) if record.token_rate is not None else None,
     }
 
