@@ -13,7 +13,7 @@ from lbcore.ollama import RequestKind
 from lbcore.records import Attempt, Failure, Request, Server, smooth
 from lbcore.requests import Requests
 from lbcore.schema import SECOND_NS
-from lbcore.states import AttemptInput, AttemptState, ReliabilityInput, RequestInput, RequestState
+from lbcore.states import AttemptInput, AttemptState, Reliability, ReliabilityInput, RequestInput, RequestState
 from lbcore.timers import TimerKind, Timers
 
 
@@ -157,7 +157,7 @@ class Attempts:
             self._fleet.unloaded(server, request.model, now_ns)
         elif request.kind is RequestKind.MANAGE:
             self._fleet.probe_now(server, now_ns)
-        if attempt.request.stream:
+        if request.stream and server.reliability is not Reliability.RELIABLE:
             self._fleet.note_reliability(server, ReliabilityInput.ENDED_WELL, now_ns, "a stream ended well")
         fastest = len(request.attempts) > 1 and request.kind is RequestKind.GENERATE
         self._fleet.succeed(

@@ -11,6 +11,7 @@ from lbcore.records import Attempt, Request, Server
 from lbcore.states import (
     REQUEST_ENDS,
     AttemptInput,
+    Reliability,
     ReliabilityInput,
     RequestInput,
     RequestState,
@@ -54,7 +55,8 @@ class Ledger:
         if request.state is RequestState.QUEUED:
             self._timers.cancel(TimerKind.QUEUE, request.id)
             self.step(request, RequestInput.START)
-        self._fleet.note_reliability(server, ReliabilityInput.CHOSEN, now_ns, "chosen again")
+        if server.reliability is not Reliability.RELIABLE:
+            self._fleet.note_reliability(server, ReliabilityInput.CHOSEN, now_ns, "chosen again")
         self._timers.arm(TimerKind.ATTEMPT, attempt.id, now_ns + self._config.timeouts.connect_ns)
         self._out.append(StartAttempt(request.id, attempt.id, server.id, kind))
         return attempt

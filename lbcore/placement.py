@@ -53,7 +53,7 @@ class Placement:
         if route.racers_max < 2:
             return []
         extra = list(ordered[1 : route.racers_min])
-        if self._utilisation(request) <= self._config.race.utilisation_max:
+        if self.race_budget.credits >= 1.0 and self._utilisation(request) <= self._config.race.utilisation_max:
             for server in ordered[max(1, route.racers_min) :]:
                 if len(extra) + 1 >= route.racers_max or self.race_budget.credits < 1.0:
                     break

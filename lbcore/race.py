@@ -9,6 +9,8 @@ from lbcore.health import TIMEOUTS
 from lbcore.records import Attempt, Failure, ModelStats, Request
 from lbcore.states import AttemptState
 
+_ANSWERING = (AttemptState.STREAMING, AttemptState.SUCCEEDED)
+
 
 def rule_of(request: Request) -> Winner:
     """Return the winner rule in force: an answer that is not streamed has no first token to go by."""
@@ -26,7 +28,7 @@ def winner_now(request: Request, *, window_over: bool = False) -> Attempt | None
         for a in request.attempts
         if a.first_token_ns is not None
         and not a.detached
-        and a.state in {AttemptState.STREAMING, AttemptState.SUCCEEDED}
+        and a.state in _ANSWERING
     ]
     if not runners:
         return None

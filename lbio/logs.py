@@ -74,6 +74,8 @@ class Log:
 
     def defect(self, error: BaseException) -> None:
         """Write that the program itself has a defect; the trace only when asked for."""
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
         shown = error if _log.isEnabledFor(logging.DEBUG) else None
         words = 'internal error: %s: %s (please report; log.level = "debug" shows where)'
         _log.error(words, type(error).__name__, error, exc_info=shown)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import os
 import random
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import Any
 
 import anyio
-from anyio.abc import TaskGroup, TaskStatus
 
 from lbcore.balancer import LoadBalancer
 from lbcore.config import ServerSettings
@@ -51,6 +50,7 @@ def _has_uvloop() -> bool:
 
 async def _main(app: AppConfig, fleet: FleetFactory | None) -> int:
     async with contextlib.AsyncExitStack() as stack:
+        signals = stack.enter_context(_receiving_signals())
         if fleet is not None:
             servers = await stack.enter_async_context(fleet())
             app = replace(app, core=replace(app.core, servers=(*app.core.servers, *servers)))
@@ -60,7 +60,7 @@ async def _main(app: AppConfig, fleet: FleetFactory | None) -> int:
             _log.error("cannot start: %s", error)
             return 1
         _greet(service, demo=fleet is not None)
-        await _until_told(service)
+        await _until_told(service, signals)
     return 0
 
 
@@ -121,37 +121,43 @@ async def _drain(front: Front, timeout_ns: int) -> None:
         await drained(front, int(_CUT_S * SECOND_NS))
 
 
-async def _until_told(service: Service) -> None:
-    """Return at the first SIGTERM or SIGINT; a second one ends the program at once."""
-    told = anyio.Event()
-
-    async def listen(*, task_status: TaskStatus[None]) -> None:
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            task_status.started()
-            async for number in signals:
-                if told.is_set():
-                    _log.warning("second %s: exiting at once", signal.Signals(number).name)
-                    logging.shutdown()
-                    sys.stdout.flush()
-                    _exit_now()
-                _log.info("%s: shutting down", signal.Signals(number).name)
-                told.set()
-
-    await _start_listening(service.driver.tasks, listen)
-    await told.wait()
+_Signals = AsyncIterator[signal.Signals] | None
 
 
-async def _start_listening(tasks: TaskGroup, listen: Any) -> None:
+@contextlib.contextmanager
+def _receiving_signals() -> Iterator[_Signals]:
+    """Receive SIGTERM and SIGINT from now on; None where the event loop cannot (Windows: Ctrl-C raises instead)."""
     try:
-        await tasks.start(listen)
-    except NotImplementedError:  # Windows: KeyboardInterrupt does the same
+        receiver = anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM)
+        signals = receiver.__enter__()
+    except NotImplementedError:
+        yield None
+        return
+    try:
+        yield signals
+    finally:
+        receiver.__exit__(None, None, None)
+
+
+async def _until_told(service: Service, signals: _Signals) -> None:
+    """Return at the first signal; a second one ends the program at once."""
+    if signals is None:
         await anyio.sleep_forever()
+        return
+    _log.info("%s: shutting down", (await anext(signals)).name)
+    service.driver.tasks.start_soon(_exit_at_next, signals)
+
+
+async def _exit_at_next(signals: AsyncIterator[signal.Signals]) -> None:
+    number = await anext(signals)
+    _log.warning("second signal (%s): exiting at once", number.name)
+    logging.shutdown()
+    sys.stdout.flush()
+    _exit_now()
 
 
 def _exit_now() -> None:
-    import os  # noqa: PLC0415
-
-    os._exit(1)
+    os._exit(1)  # nothing that is still under way is waited for
 
 
 def _greet(service: Service, *, demo: bool) -> None:

@@ -1,0 +1,339 @@
+"""A full audit of the balancer's state, and of the commands it gives over time (design §4).
+
+`audit` looks at one moment; `Auditor` follows a balancer step by step. Both raise InvariantError, which holds under
+`python -O` too, and change nothing. They walk everything, so they are for tests and the simulator.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from lbcore import commands as cmd
+from lbcore.admission import RACE_BURST
+from lbcore.balancer import LoadBalancer
+from lbcore.commands import AttemptKind, Command, Decision
+from lbcore.errors import InvariantError
+from lbcore.health import ALIVE_FROM
+from lbcore.ollama import RequestKind
+from lbcore.records import Attempt, Request, Server
+from lbcore.states import ATTEMPT_ENDS, REQUEST_ENDS, AttemptState, Reliability, RequestState, ServerState
+from lbcore.timers import TimerKind
+
+
+def audit(balancer: LoadBalancer, now_ns: int) -> None:
+    """Raise InvariantError with everything that is wrong with the state of `balancer`."""
+    deadlines = _deadlines(balancer)
+    problems = [
+        *_requests(balancer, deadlines),
+        *_attempts(balancer, deadlines),
+        *_counters(balancer),
+        *_budgets(balancer),
+        *_servers(balancer, deadlines, now_ns),
+        *_catalog(balancer),
+        *_orphans(balancer, deadlines),
+    ]
+    if problems:
+        raise InvariantError("; ".join(problems))
+
+
+def _deadlines(balancer: LoadBalancer) -> dict[tuple[TimerKind, int], int]:
+    timers = balancer.timers
+    return {(kind, owner): due for due, _, kind, owner in sorted(timers._heap) if timers.is_armed(kind, owner)}  # noqa: SLF001
+
+
+# --- requests and attempts ---------------------------------------------------------------------------------
+
+
+def _requests(balancer: LoadBalancer, deadlines: dict[tuple[TimerKind, int], int]) -> Iterator[str]:
+    ledger = balancer.ledger
+    for request_id, request in ledger.requests.items():
+        if request.id != request_id:
+            yield f"{request} is filed under {request_id}"
+        if request.state in REQUEST_ENDS:
+            yield f"{request} has ended but is still in the ledger"
+        queued = request.state is RequestState.QUEUED
+        if queued != (request in ledger.queue):
+            yield f"{request} {'is not' if queued else 'is'} in the queue"
+        if queued != ((TimerKind.QUEUE, request.id) in deadlines):
+            yield f"{request} {'has no' if queued else 'has a'} QUEUE timer"
+        yield from _racers(request, deadlines)
+        live = [attempt for attempt in request.attempts if attempt.is_live and not attempt.detached]
+        if request.live_attempts != live:
+            yield f"{request} counts {request.live_attempts} as live, but {live} are"
+        for attempt in request.attempts:
+            if attempt.is_live and ledger.attempts.get(attempt.id) is not attempt:
+                yield f"{attempt} lives, but the ledger does not know it"
+    for request in ledger.queue:
+        if ledger.requests.get(request.id) is not request:
+            yield f"{request} waits in the queue, but the ledger does not know it"
+
+
+def _racers(request: Request, deadlines: dict[tuple[TimerKind, int], int]) -> Iterator[str]:
+    live = request.live_attempts
+    committed = [attempt for attempt in request.attempts if attempt.state is AttemptState.COMMITTED]
+    if len(committed) > 1:
+        yield f"{request} has {len(committed)} committed attempts"
+    if request.state is RequestState.QUEUED and request.attempts:
+        yield f"{request} is queued, but has attempts"
+    if request.state is RequestState.RACING:
+        if not live:
+            yield f"{request} races without a live attempt: nothing will ever end it"
+        if request.committed is not None or committed:
+            yield f"{request} races, but {request.committed or committed} is committed"
+        if request.hedges_left > 0 and (TimerKind.HEDGE, request.id) not in deadlines:
+            yield f"{request} has {request.hedges_left} hedges left, but no HEDGE timer"
+    elif (TimerKind.HEDGE, request.id) in deadlines or (TimerKind.MEASURE, request.id) in deadlines:
+        yield f"{request} does not race, but has a HEDGE or MEASURE timer"
+    if request.state is RequestState.RELAYING and not (live == committed == [request.committed]):
+        yield f"{request} relays {request.committed}, but {committed} are committed and {live} live"
+    servers = Counter(attempt.server.id for attempt in request.attempts)
+    if any(n > 1 for n in servers.values()):
+        yield f"{request} was sent twice to the same server"
+
+
+def _attempts(balancer: LoadBalancer, deadlines: dict[tuple[TimerKind, int], int]) -> Iterator[str]:
+    ledger = balancer.ledger
+    for attempt_id, attempt in ledger.attempts.items():
+        request = attempt.request
+        if attempt.id != attempt_id or attempt not in request.attempts:
+            yield f"{attempt} is filed under {attempt_id}, its request has {request.attempts}"
+        if attempt.state in ATTEMPT_ENDS:
+            yield f"{attempt} has ended but is still in the ledger"
+        if (TimerKind.ATTEMPT, attempt.id) not in deadlines:
+            yield f"{attempt} has no ATTEMPT timer"
+        if balancer.fleet.servers.get(attempt.server.id) is not attempt.server:
+            yield f"{attempt} runs on a server that is gone"
+        if attempt.detached:
+            if attempt is request.committed or not attempt.loader or attempt.first_token_ns is not None:
+                yield f"{attempt} is detached, but is not a load under way"
+        elif ledger.requests.get(request.id) is not request:
+            yield f"{attempt} lives on after its {request} has ended"
+        if attempt.target is not None and attempt.server.models.get(request.model or "") is not attempt.target:
+            yield f"{attempt} counts for a record of {request.model} that its server does not have any more"
+
+
+# --- counts ------------------------------------------------------------------------------------------------
+
+
+def _counters(balancer: LoadBalancer) -> Iterator[str]:
+    live = list(balancer.ledger.attempts.values())
+    by_server = Counter(attempt.server.id for attempt in live)
+    by_model = Counter((a.server.id, a.request.model) for a in live if a.target is not None)
+    by_load = Counter((a.server.id, a.request.model) for a in live if a.cold and a.first_token_ns is None)
+    for server in balancer.fleet:
+        if server.in_flight != by_server[server.id]:
+            yield f"{server}: {by_server[server.id]} attempts live"
+        for name, record in server.models.items():
+            key = server.id, name
+            if record.in_flight != by_model[key]:
+                yield f"{server}: {name} in_flight={record.in_flight}, but {by_model[key]} attempts live"
+            if record.loading != by_load[key]:
+                yield f"{server}: {name} loading={record.loading}, but {by_load[key]} attempts wait for its load"
+    retries = sum(attempt.kind is AttemptKind.RETRY for attempt in live)
+    if balancer.ledger.retry_budget.under_way != retries:
+        yield f"{balancer.ledger.retry_budget.under_way} retries are said to be under way, {retries} are"
+
+
+def _budgets(balancer: LoadBalancer) -> Iterator[str]:
+    queue = balancer.ledger.queue
+    if len(queue) > queue.length_max:
+        yield f"{len(queue)} requests are queued, {queue.length_max} may be"
+    credits_max = max(RACE_BURST, balancer.config.race.budget)
+    if not 0 <= balancer.placement.race_budget.credits <= credits_max:
+        yield f"{balancer.placement.race_budget.credits} race credits, not within 0 and {credits_max}"
+    if balancer.ledger.wasted_tokens < 0:
+        yield f"{balancer.ledger.wasted_tokens} wasted tokens"
+
+
+# --- servers -----------------------------------------------------------------------------------------------
+
+
+def _servers(balancer: LoadBalancer, deadlines: dict[tuple[TimerKind, int], int], now_ns: int) -> Iterator[str]:
+    value_max = balancer.config.health.value_max
+    for server_id, server in balancer.fleet.servers.items():
+        if server.id != server_id:
+            yield f"{server} is filed under {server_id}"
+        if not 0 <= server.health <= value_max:
+            yield f"{server}: health {server.health} is not within 0 and {value_max}"
+        if (server.reliability is Reliability.RELIABLE) != (server.breaks == 0):
+            yield f"{server}: {server.breaks} breaks"
+        if server.losses < 0 or server.probe_failures < 0:
+            yield f"{server}: {server.losses} losses, {server.probe_failures} failed probes"
+        due = deadlines.get((TimerKind.PROBE, server.id))
+        if server.state is ServerState.DRAINING:
+            yield from _draining(server, due)
+            continue
+        if server.is_alive != (server.health >= ALIVE_FROM):
+            yield f"{server}: health {server.health}"
+        probe = balancer.config.probe
+        longest_ns = max(probe.interval_ns, probe.interval_dead_ns, probe.interval_dead_max_ns, probe.timeout_ns)
+        if due is None:
+            yield f"{server} has no PROBE timer: it will never be looked at again"
+        elif due > now_ns + longest_ns:
+            yield f"{server} is not probed for {(due - now_ns) / 1e9:g} s"
+
+
+def _catalog(balancer: LoadBalancer) -> Iterator[str]:
+    fleet = balancer.fleet
+    models = {name for server in fleet for name in server.models}
+    models |= {request.model for request in balancer.ledger.requests.values() if request.model is not None}
+    for model in (None, *sorted(models)):
+        holders = [server for server in fleet if server.is_alive and (model is None or server.has(model))]
+        if fleet.holders(model) != holders:
+            yield f"{fleet.holders(model)} are said to have {model or 'any model'}, but {holders} have it"
+
+
+def _draining(server: Server, due: int | None) -> Iterator[str]:
+    if server.in_flight == 0:
+        yield f"{server} has nothing in flight, but was not forgotten"
+    if due is not None or server.probe_id:
+        yield f"{server} is draining, but is still probed"
+
+
+def _orphans(balancer: LoadBalancer, deadlines: dict[tuple[TimerKind, int], int]) -> Iterator[str]:
+    for kind, owner in deadlines:
+        if kind is TimerKind.ATTEMPT:
+            known = owner in balancer.ledger.attempts
+        elif kind is TimerKind.PROBE:
+            known = owner in balancer.fleet.servers
+        else:
+            known = owner in balancer.ledger.requests
+        if not known:
+            yield f"a {kind.name} timer is armed for {owner}, which is gone"
+
+
+# --- over time ---------------------------------------------------------------------------------------------
+
+_TERMINAL = frozenset({Decision.FINISHED, Decision.REJECTED, Decision.FAILED, Decision.ABORTED})
+
+
+class Auditor:
+    """Follows one balancer: call `check` with the commands of every step, in order."""
+
+    def __init__(self, balancer: LoadBalancer) -> None:
+        self._balancer = balancer
+        self._last_attempt_id = 0
+        self._last_probe_id = 0
+        self._in_flight = 0
+        self._live: dict[int, int] = {}  # request by attempt
+        self._probes: dict[int, int] = {}  # probe by server
+        self._seen: set[int] = set()  # requests
+        self._committed: dict[int, int] = {}  # attempt by request
+        self._told: set[int] = set()  # requests whose client got its last command
+        self._ended: dict[int, Decision] = {}
+        self._gone: set[int] = set()  # servers
+
+    @property
+    def ended(self) -> dict[int, Decision]:
+        """The outcome of every request that has ended."""
+        return self._ended
+
+    def check(self, commands: Sequence[Command], now_ns: int) -> None:
+        """Audit the state after a step, and the commands that the step gave."""
+        audit(self._balancer, now_ns)
+        for command in commands:
+            problem = self._problem(command)
+            if problem:
+                raise InvariantError(f"{command}: {problem}")
+        ledger = self._balancer.ledger
+        self._seen |= ledger.requests.keys()
+        for request_id in self._seen - ledger.requests.keys():
+            if request_id not in self._ended:
+                raise InvariantError(f"request {request_id} has vanished without an outcome")
+        for attempt in ledger.attempts.values():
+            if attempt.id > self._last_attempt_id:
+                raise InvariantError(f"{attempt} was started without a command")
+        in_flight = len(ledger.requests) - len(ledger.queue)
+        limit = ledger.retry_budget.limit(max(self._in_flight, in_flight))
+        if any(a.kind is AttemptKind.RETRY and a.id not in self._live for a in ledger.attempts.values()) and (
+            ledger.retry_budget.under_way > limit
+        ):
+            raise InvariantError(f"{ledger.retry_budget.under_way} retries are under way, {limit} may be")
+        self._in_flight = in_flight
+        self._live = {attempt.id: attempt.request.id for attempt in ledger.attempts.values()}
+
+    def _problem(self, command: Command) -> str:
+        match command:
+            case cmd.StartAttempt():
+                return self._on_start(command)
+            case cmd.CancelAttempt(attempt_id):
+                return "" if self._live.pop(attempt_id, None) is not None else "it does not run (any more)"
+            case cmd.CommitAttempt(request_id, attempt_id):
+                twice = request_id in self._committed
+                self._committed[request_id] = attempt_id
+                return self._on_answer(request_id, committed=False) or ("committed twice" if twice else "")
+            case cmd.PassAnswer(request_id) | cmd.RejectRequest(request_id):
+                problem = self._on_answer(request_id, committed=False)
+                self._told.add(request_id)
+                return problem
+            case cmd.AbortRequest(request_id):
+                problem = self._on_answer(request_id, committed=True)
+                self._told.add(request_id)
+                return problem
+            case cmd.RecordDecision():
+                return self._on_decision(command)
+            case _:
+                return self._on_server(command)
+
+    def _on_start(self, start: cmd.StartAttempt) -> str:
+        if start.attempt_id <= self._last_attempt_id:
+            return "the id was used before"
+        self._last_attempt_id = start.attempt_id
+        self._live[start.attempt_id] = start.request_id
+        self._seen.add(start.request_id)
+        if start.request_id in self._told or start.request_id in self._ended or start.request_id in self._committed:
+            return "the request has its answer already"
+        attempt = self._balancer.ledger.attempts.get(start.attempt_id)
+        if start.server_id in self._gone:
+            return "the server is gone"
+        return "" if attempt is None else self._misplaced(attempt)
+
+    def _misplaced(self, attempt: Attempt) -> str:
+        server, request = attempt.server, attempt.request
+        if server.state is ServerState.DRAINING:
+            return "the server is draining"
+        model = request.model
+        if model is not None and not server.has(model) and any(s.is_alive and s.has(model) for s in self._fleet()):
+            return f"{server.name} does not have {model}, another server does"
+        if (
+            attempt.target is not None
+            and request.kind is not RequestKind.UNLOAD
+            and attempt.kind is not AttemptKind.RETRY
+            and server.is_alive
+            and attempt.target.in_flight > server.settings.in_flight_max
+        ):
+            return f"{server.name} has {attempt.target.in_flight} of {model} in flight"
+        return ""
+
+    def _fleet(self) -> list[Server]:
+        return list(self._balancer.fleet)
+
+    def _on_answer(self, request_id: int, *, committed: bool) -> str:
+        if request_id in self._told or request_id in self._ended:
+            return "the request is over"
+        if committed != (request_id in self._committed):
+            return "nothing was committed" if committed else "an attempt is committed"
+        return ""
+
+    def _on_decision(self, record: cmd.RecordDecision) -> str:
+        self._seen |= {record.request_id} - {0}
+        if record.decision not in _TERMINAL:
+            return ""
+        before = self._ended.setdefault(record.request_id, record.decision)
+        return "" if before is record.decision and record.request_id in self._seen else f"it was {before} before"
+
+    def _on_server(self, command: Command) -> str:
+        match command:
+            case cmd.StartProbe(server_id, probe_id):
+                known = probe_id > self._last_probe_id and server_id not in self._gone
+                self._last_probe_id = self._probes[server_id] = probe_id
+                return "" if known else "the id was used before, or the server is gone"
+            case cmd.CancelProbe(server_id, probe_id):
+                return "" if self._probes.pop(server_id, 0) == probe_id else "it does not run"
+            case cmd.ForgetServer(server_id):
+                twice = server_id in self._gone
+                self._gone.add(server_id)
+                return "twice" if twice else ""
+            case _:
+                return "what is this?"

@@ -1,0 +1,7 @@
+"""`python -m lbio` is `ollama-lb`."""
+
+import sys
+
+from lbio.cli import main
+
+sys.exit(main())

@@ -1,0 +1,142 @@
+"""Every command of the README is run: here, by `.ci/run`, or it is one that needs the reader's own servers.
+
+The commands that need servers run against the demo fleet, on another port and without waiting for ever.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+OLLAMA_LB = [sys.executable, "-m", "lbio"]
+
+BY_CI = {
+    # .ci/run does the same steps: a fresh virtual environment, the install, the test command
+    "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest -n auto",
+}
+INSTALL_AND_RUN = "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/ollama-lb run configs/demo.toml"
+STARTED = {"ollama-lb run -s http://gpu1:11434=gpu1 -s http://gpu2:11434=gpu2", "ollama-lb run my.toml"}
+ONE_AFTER_ANOTHER = [
+    "ollama-lb init -s http://gpu1:11434=gpu1 -s http://gpu2:11434=gpu2 > my.toml",
+    "ollama-lb check my.toml",
+]
+AGAINST_THE_DEMO = [command for command in COMMANDS if command.startswith("curl")]
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def _start(arguments: list[str], cwd: Path) -> tuple[subprocess.Popen[str], str]:
+    port = _free_port()
+    process = subprocess.Popen(
+        [*OLLAMA_LB, *arguments, "--listen", f"127.0.0.1:{port}"],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert "listens on" in process.stdout.readline()
+    return process, f"http://127.0.0.1:{port}"
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+
+
+def test_each_command_is_accounted_for() -> None:
+    known = {*BY_CI, INSTALL_AND_RUN, *STARTED, *ONE_AFTER_ANOTHER, *AGAINST_THE_DEMO}
+    assert [command for command in COMMANDS if command not in known] == []
+    assert known <= set(COMMANDS)
+
+
+def test_ci_runs_the_test_command() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for command in BY_CI:
+        for step in ("-m venv", "pip install", "'.[test]'", "-m pytest -n auto"):
+            assert step in command
+            assert step.replace("pip install", "pip install") in script
+
+
+def test_init_and_check(tmp_path: Path) -> None:
+    for command in ONE_AFTER_ANOTHER:
+        words = shlex.split(command.partition(" > ")[0])
+        done = subprocess.run(
+            [*OLLAMA_LB, *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=30
+        )
+        if " > " in command:
+            (tmp_path / command.rpartition(" > ")[2]).write_text(done.stdout, encoding="utf-8")
+    assert "my.toml: ok" in done.stdout
+
+
+@pytest.mark.parametrize("command", sorted(STARTED))
+def test_run_starts_with_servers_that_are_not_there(command: str, tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text('[[servers]]\nurl = "http://127.0.0.1:9"\nname = "gpu1"\n', encoding="utf-8")
+    words = [
+        word.replace("gpu1:11434", "127.0.0.1:9").replace("gpu2:11434", "127.0.0.1:8") for word in shlex.split(command)
+    ]
+    process, _ = _start(words[1:], tmp_path)
+    _stop(process)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[str]:
+    process, url = _start(["run", "configs/demo.toml"], ROOT)
+    time.sleep(0.3)
+    yield url
+    _stop(process)
+
+
+def _curl(command: str, demo: str) -> subprocess.CompletedProcess[str]:
+    words = shlex.split(command.replace("http://127.0.0.1:11434", demo))
+    return subprocess.run([*words, "-sS", "--max-time", "10"], capture_output=True, text=True, check=True)
+
+
+def test_status_is_a_table(demo: str) -> None:
+    assert "SERVER" in _curl(AGAINST_THE_DEMO[0], demo).stdout
+
+
+def test_management_commands_answer_as_described(demo: str) -> None:
+    added, removed, synced = [_curl(command, demo).stdout for command in AGAINST_THE_DEMO[1:]]
+    assert "not added" in added  # there is no gpu3 here
+    assert "no server called 'gpu3'" in removed
+    assert '"servers":4' in synced
+
+
+def test_the_line_that_the_demo_prints_works(tmp_path: Path) -> None:
+    process, _ = _start(["run", str(ROOT / "configs" / "demo.toml")], tmp_path)
+    assert process.stdout is not None
+    line = next(line for line in process.stdout if line.startswith("try it:"))
+    time.sleep(0.3)
+    answer = subprocess.run(
+        [*shlex.split(line.removeprefix("try it:")), "-sS", "--max-time", "20"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    _stop(process)
+    assert '"done":true' in answer.stdout.splitlines()[-1]
