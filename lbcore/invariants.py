@@ -260,9 +260,9 @@ class Auditor:
             case cmd.CancelAttempt(attempt_id):
                 return "" if self._live.pop(attempt_id, None) is not None else "it does not run (any more)"
             case cmd.CommitAttempt(request_id, attempt_id):
-                twice = request_id in self._committed
+                problem = self._on_answer(request_id, committed=False)
                 self._committed[request_id] = attempt_id
-                return self._on_answer(request_id, committed=False) or ("committed twice" if twice else "")
+                return problem
             case cmd.PassAnswer(request_id) | cmd.RejectRequest(request_id):
                 problem = self._on_answer(request_id, committed=False)
                 self._told.add(request_id)

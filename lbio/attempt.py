@@ -119,6 +119,8 @@ class AttemptRun:
         with self._scope:
             try:
                 await self._run()
+            except anyio.ClosedResourceError:  # by `cancel`, which wakes the task before the cancellation does
+                self._fail(Reason.RESET, "closed")
             except Exception as error:  # noqa: BLE001  one attempt must not end the program
                 log_defect(error)
                 self._fail(Reason.GARBAGE, f"{type(error).__name__} in the load balancer")

@@ -12,7 +12,6 @@ import anyio
 from anyio.abc import ByteStream
 
 from lbcore.config import Strategy
-from lbcore.events import DownstreamClosed
 from lbcore.ollama import Shape, find_route, shape_of
 from lbcore.schema import SECOND_NS
 from lbio.admin import Admin
@@ -185,14 +184,14 @@ class ClientConnection:
                 keep = await self._relay(exchange)
                 tasks.cancel_scope.cancel()
         except* (ClientGone, anyio.BrokenResourceError, anyio.ClosedResourceError):
-            self._driver.dispatch(DownstreamClosed(request.request_id))
+            keep = False
         finally:
             self._driver.close(exchange)
         return keep
 
     async def _watch(self, exchange: Exchange, whole: anyio.CancelScope) -> None:
         await self._client.watch()
-        self._driver.dispatch(DownstreamClosed(exchange.request.request_id))
+        self._driver.close(exchange)  # now, and not when the cancelled task gets its turn
         whole.cancel()
 
     def _client_request(self, head: RequestHead, body: bytes) -> ClientRequest:

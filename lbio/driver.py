@@ -23,7 +23,7 @@ from lbcore.commands import (
     StartProbe,
 )
 from lbcore.config import ServerSettings
-from lbcore.events import Event, RequestArrived
+from lbcore.events import DownstreamClosed, Event, RequestArrived
 from lbcore.records import Server
 from lbcore.schema import SECOND_NS
 from lbio.attempt import AttemptRun
@@ -122,7 +122,9 @@ class Driver:
         return exchange
 
     def close(self, exchange: Exchange) -> None:
-        """Forget a request, whose client has been answered or is gone."""
+        """Forget a request. If the core still works on it, its client is gone."""
+        if exchange.request.request_id in self.balancer.ledger.requests:
+            self.dispatch(DownstreamClosed(exchange.request.request_id))
         self._exchanges.pop(exchange.request.request_id, None)
         self.log.forget(exchange.request)
         if exchange.chosen is not None:

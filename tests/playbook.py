@@ -12,6 +12,7 @@ after every step. Time is virtual; `at` and `after` fire every timer that falls 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -146,6 +147,17 @@ def many(route: str = "/api/chat", /, **fields: Any) -> dict[str, RouteSettings]
     return {**routes, route: RouteSettings(**{**before, **fields})}
 
 
+def _shown(thing: object) -> str:
+    """Return an event or command on one line, without what it does not say."""
+    if isinstance(thing, RecordDecision):
+        said = {name: value for name, value in thing._asdict().items() if value and name != "decision"}
+        return f"({thing.decision}: {', '.join(f'{name}={value}' for name, value in said.items())})"
+    if isinstance(thing, events.ModelsSynced):
+        have, active = ([model.name for model in some] for some in (thing.available, thing.active))
+        return f"ModelsSynced(server_id={thing.server_id}, probe_id={thing.probe_id}, {have}, loaded {active})"
+    return re.sub(r"<(\w+\.\w+): .*?>", r"\1", str(thing))
+
+
 class Playbook:
     """One balancer and the story told to it so far."""
 
@@ -177,7 +189,7 @@ class Playbook:
     def __rshift__(self, event: Event) -> Playbook:
         """Tell what happened. Commands that were not expected by now fail."""
         self.done()
-        self._story.append(f"{self._clock()}  >> {event}")
+        self._story.append(f"{self._clock()}  >> {_shown(event)}")
         self._step(self.balancer.handle(event, self.now_ns))
         return self
 
@@ -336,7 +348,7 @@ class Playbook:
         self._step(self.balancer.handle_timeout(now_ns))
 
     def _step(self, commands: Sequence[Command]) -> None:
-        self._story += [f"{'':12}<< {command}" for command in commands]
+        self._story += [f"{'':12}<< {_shown(command)}" for command in commands]
         self._decisions += [c for c in commands if isinstance(c, RecordDecision)]
         self._pending += [c for c in commands if not isinstance(c, RecordDecision)]
         try:
@@ -355,7 +367,7 @@ class Playbook:
         return "\n".join(["the story so far:", *self._story, f"{'':12}{self.balancer!r}"])
 
     def _fail(self, expected: object, got: Iterable[object]) -> NoReturn:
-        found = "\n".join(f"    got      << {command}" for command in got) or "    got      nothing (more)"
+        found = "\n".join(f"    got      << {_shown(command)}" for command in got) or "    got      nothing (more)"
         raise AssertionError(f"{self._told()}\n--> expected << {expected}\n{found}")
 
 
@@ -366,19 +378,18 @@ def open_books() -> list[Playbook]:
     return books
 
 
-def fleet(names: str = "a b", *, have: str = "m", active: str = "m", ranked: bool = True, **sections: Any) -> Playbook:
+def fleet(names: str = "a b", *, have: str = "m", active: str = "m", factor: int = 4, **sections: Any) -> Playbook:
     """Return a synced fleet: every server has the models `have` on disk and `active` loaded.
 
-    `ranked`: the first is known to be the fastest, the next four times slower, and so on, so that who is asked first
-    is not left to chance.
+    The first is known to be the fastest (100 ms), the next is `factor` times slower, and so on, so that who is asked
+    first is not left to chance; 0: nothing is known of them.
     """
     book = Playbook(names, **sections)
     book.timeout().skip()
     for i, name in enumerate(names.split()):
         book.sync(name, have, active)
-        if ranked:
-            for model in active.split():
-                book.model(name, f"{model}:latest").note_first_token(100 * MS_NS * 4**i, 0)
+        for model in active.split() if factor else ():
+            book.model(name, f"{model}:latest").note_first_token(100 * MS_NS * factor**i, 0)
     return book.done()
 
 

@@ -1,12 +1,12 @@
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import pytest
 
 from tests.playbook import open_books
 
 
-@pytest.fixture(autouse=True)
-def every_book_is_read_to_its_end() -> Iterator[None]:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None]:
     """A story that ends with commands nobody expected has not been told right."""
     open_books()
     yield
