@@ -48,9 +48,9 @@ class AdmissionQueue:
 
         Behind one that cannot start, no other for the same model is asked: first come, first served.
         """
-        blocked: set[tuple[str | None, bool]] = set()
+        blocked: set[tuple[str | None, bool, bool]] = set()
         for request in list(islice(self._waiting.values(), len(self._waiting))):
-            key = request.model, request.awaits_sync
+            key = request.model, request.generates, request.awaits_sync
             if key in blocked:
                 continue
             if can_start(request):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lbcore import events, race
-from lbcore.commands import AbortRequest, CancelAttempt, Command, CommitAttempt, Decision
+from lbcore.commands import AbortRequest, AttemptKind, CancelAttempt, Command, CommitAttempt, Decision
 from lbcore.config import Config, Winner
 from lbcore.events import Reason
 from lbcore.fleet import Fleet
@@ -15,6 +15,14 @@ from lbcore.requests import Requests
 from lbcore.schema import SECOND_NS
 from lbcore.states import AttemptInput, AttemptState, Reliability, ReliabilityInput, RequestInput, RequestState
 from lbcore.timers import TimerKind, Timers
+
+_RIVALS = frozenset({AttemptKind.RACER, AttemptKind.HEDGE})
+
+
+def _is_refused(request: Request) -> bool:
+    """Tell whether a server has said that the request is wrong: that is final."""
+    answered = request.last_answered
+    return answered is not None and answered.failure is not None and answered.failure.reason is Reason.CLIENT_ERROR
 
 
 class Attempts:
@@ -74,6 +82,7 @@ class Attempts:
         if attempt is not None:
             attempt.full = True
             attempt.last_chunk_ns = now_ns
+            self._timers.arm(TimerKind.ATTEMPT, attempt.id, now_ns + self._config.timeouts.silence_ns)
             self._settle(attempt.request, now_ns)
 
     def on_measure_timer(self, request_id: int, now_ns: int) -> None:
@@ -100,7 +109,8 @@ class Attempts:
         self._ledger.record(
             Decision.COMMITTED, request, rule, server=winner.server.name, took_ns=now_ns - request.arrived_ns
         )
-        if request.model is not None and winner.target is not None and not winner.cold:
+        learns = request.kind is RequestKind.GENERATE and winner.target is not None and not winner.cold
+        if request.model is not None and learns:
             stats = self._fleet.model_stats(request.model)
             if request.stream:
                 stats.first_token.add((winner.first_token_ns or now_ns) - winner.started_ns)
@@ -108,21 +118,20 @@ class Attempts:
                 stats.answer.add(now_ns - winner.started_ns)
         self._ledger.disarm(request)
         for loser in request.live_attempts[:]:
-            if loser is winner:
-                continue
-            if loser.first_token_ns is None:
-                if loser.loader:
-                    self._ledger.detach(loser)
-                    self._ledger.record(
-                        Decision.CANCELLED,
-                        request,
-                        "lost, but goes on until its model is loaded",
-                        server=loser.server.name,
-                        took_ns=now_ns - loser.started_ns,
-                    )
-                    continue
-                self._fleet.note_loss(loser, winner, now_ns)
-            self._ledger.cancel(loser, Reason.LOST_RACE, f"lost to {winner.server.name}", now_ns)
+            if loser is not winner:
+                self._lose(loser, winner, now_ns)
+
+    def _lose(self, loser: Attempt, winner: Attempt, now_ns: int) -> None:
+        """Cancel a loser, unless a model is being loaded for it: a lost race never cancels a load (design §5)."""
+        if loser.loads and loser.loader:
+            self._ledger.detach(loser)
+            why = "lost, but goes on until its model is loaded"
+            took_ns = now_ns - loser.started_ns
+            self._ledger.record(Decision.CANCELLED, loser.request, why, server=loser.server.name, took_ns=took_ns)
+            return
+        if loser.first_token_ns is None and not loser.cold:
+            self._fleet.note_loss(loser, winner, now_ns)
+        self._ledger.cancel(loser, Reason.LOST_RACE, f"lost to {winner.server.name}", now_ns)
 
     def on_ended(self, event: events.StreamEnded, now_ns: int) -> None:
         """An answer ended well."""
@@ -135,6 +144,7 @@ class Attempts:
         self._ledger.release(attempt)
         self._note_served(attempt, now_ns)
         if attempt.detached:
+            self._ledger.waste(attempt)
             return
         if request.kind is RequestKind.UNLOAD:
             self._settle_unload(request, now_ns)
@@ -148,7 +158,7 @@ class Attempts:
         """A whole good answer has come: learn from it, and credit the server."""
         request, server, target = attempt.request, attempt.server, attempt.target
         took_ns = now_ns - attempt.started_ns
-        if target is not None and not attempt.cold:
+        if target is not None and not attempt.cold and request.kind is RequestKind.GENERATE:
             target.service_ns = smooth(target.service_ns, took_ns)
             since_first_ns = now_ns - (attempt.first_token_ns or now_ns)
             if attempt.n_tokens > 1 and since_first_ns > 0:
@@ -157,9 +167,9 @@ class Attempts:
             self._fleet.unloaded(server, request.model, now_ns)
         elif request.kind is RequestKind.MANAGE:
             self._fleet.probe_now(server, now_ns)
-        if request.stream and server.reliability is not Reliability.RELIABLE:
+        if request.stream and request.kind is RequestKind.GENERATE and server.reliability is not Reliability.RELIABLE:
             self._fleet.note_reliability(server, ReliabilityInput.ENDED_WELL, now_ns, "a stream ended well")
-        fastest = len(request.attempts) > 1 and request.kind is RequestKind.GENERATE
+        fastest = not attempt.detached and any(a.kind in _RIVALS for a in request.attempts)
         self._fleet.succeed(
             server, now_ns, "won a race and ended well" if fastest else "served a request", fastest=fastest
         )
@@ -177,7 +187,7 @@ class Attempts:
     def _finish(self, request: Request, attempt: Attempt, now_ns: int) -> None:
         for server, failure in request.suspects:
             if server.id in self._fleet.servers and server is not attempt.server:
-                self._fleet.fail(server, failure, now_ns)
+                self._fail_server(server, failure, now_ns)
         self._ledger.end(
             request,
             RequestInput.FINISH,
@@ -202,7 +212,7 @@ class Attempts:
         timeouts = self._config.timeouts
         if attempt.state is AttemptState.CONNECTING:
             reason, limit_ns = Reason.CONNECT_TIMEOUT, timeouts.connect_ns
-        elif attempt.first_token_ns is None or not attempt.request.stream:
+        elif attempt.first_token_ns is None or (not attempt.request.stream and not attempt.full):
             reason = Reason.FIRST_TOKEN_TIMEOUT if attempt.request.stream else Reason.ANSWER_TIMEOUT
             limit_ns = self._patience_ns(attempt)
         else:
@@ -220,18 +230,20 @@ class Attempts:
             return
         request, server = attempt.request, attempt.server
         failure = Failure(server.name, reason, status, detail)
+        attempt.failure = failure
         request.failures.append(failure)
         self._ledger.record(
             Decision.ATTEMPT_FAILED, request, str(failure), server=server.name, took_ns=now_ns - attempt.started_ns
         )
         self._ledger.release(attempt)
+        self._ledger.waste(attempt)
         if request.committed is attempt:
             self._break_stream(attempt, failure, now_ns)
             return
         self._blame(attempt, failure, now_ns)
         if attempt.detached:
             return
-        if attempt.answered:
+        if attempt.answered and not _is_refused(request):
             request.last_answered = attempt
         self._after_failure(request, reason, now_ns)
 
@@ -276,7 +288,7 @@ class Attempts:
         if request.live_attempts:
             self._settle(request, now_ns)
             return
-        may_go_elsewhere = reason in UNDONE if request.kind is RequestKind.MANAGE else reason is not Reason.CLIENT_ERROR
+        may_go_elsewhere = reason in UNDONE if request.kind is RequestKind.MANAGE else not _is_refused(request)
         if may_go_elsewhere and self._requests.retry(request, now_ns):
             return
         self._requests.conclude(request, now_ns)

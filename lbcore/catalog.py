@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import UTC, datetime
 
 from lbcore.events import ModelInfo
 from lbcore.ollama import canonical_model
@@ -30,14 +30,15 @@ def tags_json(servers: Iterable[Server]) -> bytes:
     return _models(info.entry for info in ordered)
 
 
-def _age_key(info: ModelInfo) -> tuple[float, str, str]:
-    return _timestamp(info.modified_at), info.name, info.digest
+def _age_key(info: ModelInfo) -> tuple[float, str, str, str]:
+    return _timestamp(info.modified_at), info.name, info.digest, info.entry
 
 
 def _timestamp(text: str) -> float:
-    """Return the time of an RFC 3339 text, s; servers write it in their own time zone. 0.0 for what is none."""
+    """Return the time of an RFC 3339 text, s; UTC when it names no zone, 0.0 for what is none."""
     try:
-        return datetime.fromisoformat(text).timestamp()
+        parsed = datetime.fromisoformat(text)
+        return (parsed if parsed.tzinfo is not None else parsed.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         return 0.0
 

@@ -142,7 +142,9 @@ class Fleet:
 
     def note_reliability(self, server: Server, given: ReliabilityInput, now_ns: int, why: str) -> None:
         """Step a server's reliability record."""
-        if given is ReliabilityInput.BROKE:
+        if (
+            given is ReliabilityInput.BROKE and server.reliability is not Reliability.UNRELIABLE
+        ):  # streams break together
             server.breaks += 1
             server.trusted_from_ns = now_ns + distrust_ns(server.breaks, self._config.health)
         before, server.reliability = server.reliability, step_reliability(server.reliability, given)
@@ -162,10 +164,13 @@ class Fleet:
         loser was given: a long prompt does not make a server look slow.
         """
         server = loser.server
+        winner_ns = max(1, (winner.first_token_ns or now_ns) - winner.started_ns)
+        loser_ns = now_ns - loser.started_ns
+        if loser_ns < winner_ns:
+            return  # it had less time than the winner: no evidence
         server.losses += 1
-        if loser.target is not None and winner.target is not None and winner.target.ttft_ns and not loser.cold:
-            winner_ns = max(1, (winner.first_token_ns or now_ns) - winner.started_ns)
-            loser.target.raise_floor(winner.target.ttft_ns * (now_ns - loser.started_ns) // winner_ns, now_ns)
+        if loser.target is not None and winner.target is not None and winner.target.ttft_ns:
+            loser.target.raise_floor(winner.target.ttft_ns * loser_ns // winner_ns, now_ns)
         if server.losses >= self._config.health.losses_max and not server.doubted:
             server.doubted = True
             self._record(
@@ -178,16 +183,17 @@ class Fleet:
     def note_first_token(self, attempt: Attempt, now_ns: int) -> None:
         """A server has answered: it is not doubted any more, and its model is loaded."""
         server, target = attempt.server, attempt.target
+        kind = attempt.request.kind
         server.losses = 0
         server.doubted = False
-        if target is None:
+        if target is None or kind is RequestKind.UNLOAD:
             return
         took_ns = now_ns - attempt.started_ns
         if attempt.cold:
-            if attempt.loader and (attempt.request.stream or attempt.request.kind is RequestKind.LOAD):
+            if attempt.loader and (attempt.request.stream or kind is RequestKind.LOAD):
                 target.load_ns = float(took_ns) if target.load_ns is None else (target.load_ns + took_ns) / 2
             self.probe_now(server, now_ns)  # /api/ps lists it from now on
-        elif attempt.request.stream:
+        elif attempt.request.stream and kind is RequestKind.GENERATE:
             target.note_first_token(took_ns, now_ns)
         if not target.loaded and target.available is None:
             self._changed()
@@ -228,7 +234,9 @@ class Fleet:
             record.available = available.get(name)
             record.active = active.get(name)
             answering = record.in_flight > record.loading  # loaded for sure, whatever /api/ps said a moment ago
-            record.loaded = record.active is not None or (record.loaded and answering)
+            record.loaded = record.active is not None or (
+                record.loaded and answering and record.available is not None
+            )
             if not record.loaded:
                 record.runner_key = None
             if not (record.available or record.loaded or record.in_flight):
@@ -266,13 +274,14 @@ class Fleet:
     def on_probe_completed(self, event: ProbeCompleted, now_ns: int) -> Server | None:
         """Take the end of a probe; None when it is not the one awaited."""
         server = self.servers.get(event.server_id)
-        if server is None or server.probe_id != event.probe_id:
+        if server is None or server.probe_id != event.probe_id or event.probe_id == 0:
             return None
         server.probe_id = 0
         if event.reason is not None:
             self._probe_failed(server, event.probe_id, event.reason, event.detail, now_ns)
             return server
         server.version = event.version
+        server.last_probe_id = event.probe_id
         server.probe_failures = server.probe_pause_ns = 0
         self._timers.arm(TimerKind.PROBE, server.id, now_ns + self._config.probe.interval_ns)
         return server
@@ -295,7 +304,7 @@ class Fleet:
     def on_models_synced(self, event: ModelsSynced, now_ns: int) -> Server | None:
         """Take what a server holds. A dead server is revived at 1.0; a health that was earned is left alone."""
         server = self.servers.get(event.server_id)
-        if server is None or server.state is ServerState.DRAINING:
+        if server is None or server.state is ServerState.DRAINING or event.probe_id != server.last_probe_id:
             return None
         first = server.last_sync_ns is None
         server.last_sync_ns = now_ns

@@ -91,9 +91,21 @@ class Ledger:
                 attempt.target.loading -= attempt.cold
         self.retry_budget.under_way -= attempt.kind is AttemptKind.RETRY
         self.room_made = True
+        if attempt.loader and attempt.loads:
+            self._pass_on_load(attempt)
+        self._fleet.forget_if_drained(attempt.server)
+
+    def _pass_on_load(self, gone: Attempt) -> None:
+        """Ollama loads for the request that came first; if that goes, for the next one."""
+        for attempt in self.attempts.values():
+            if attempt.target is gone.target and attempt.loads:
+                attempt.loader = True
+                return
+
+    def waste(self, attempt: Attempt) -> None:
+        """Count the tokens of an ended attempt that were not delivered."""
         if attempt.request.committed is not attempt:
             self.wasted_tokens += attempt.n_tokens
-        self._fleet.forget_if_drained(attempt.server)
 
     def detach(self, attempt: Attempt) -> None:
         """Let an attempt that lost its race go on, until the model it loads is loaded."""
@@ -112,6 +124,7 @@ class Ledger:
                 took_ns=now_ns - attempt.started_ns,
             )
             self.release(attempt)
+            self.waste(attempt)
 
     def cancel_all(self, request: Request, reason: Reason, now_ns: int) -> None:
         """Cancel whatever still runs for a request."""

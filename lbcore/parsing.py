@@ -113,8 +113,16 @@ def _number_fix(value: Any, *, whole: bool) -> str:
     return f"write a {'whole number such as 3' if whole else 'number such as 0.5'}{unquoted}"
 
 
-_FLAGS: Mapping[str, str] = {"true": "true", "yes": "true", "on": "true", "1": "true",
-                             "false": "false", "no": "false", "off": "false", "0": "false"}
+_FLAGS: Mapping[str, str] = {
+    "true": "true",
+    "yes": "true",
+    "on": "true",
+    "1": "true",
+    "false": "false",
+    "no": "false",
+    "off": "false",
+    "0": "false",
+}
 
 
 def _flag(value: Any, _: Setting) -> bool:
@@ -162,7 +170,10 @@ _PARSERS: Mapping[Kind, Callable[[Any, Setting], Any]] = {
 }
 
 _HIGHEST: Mapping[Kind, float] = {
-    Kind.DURATION: 365 * 86_400 * SECOND_NS, Kind.SIZE: 1 << 60, Kind.COUNT: 10**9, Kind.RATIO: 1e9,
+    Kind.DURATION: 365 * 86_400 * SECOND_NS,
+    Kind.SIZE: 1 << 60,
+    Kind.COUNT: 10**9,
+    Kind.RATIO: 1e9,
 }
 """No setting that declares no `high` is larger than this, so that sums of settings stay sane."""
 
@@ -217,8 +228,9 @@ def _parse_table(cls: type[_T], raw: Any, key: str, problems: list[Problem], kno
     return cls(**values) if complete else None
 
 
-def _parse_field(field: Field, raw: Mapping[str, Any], key: str, problems: list[Problem], known: Keys,
-                 values: dict[str, Any]) -> None:
+def _parse_field(
+    field: Field, raw: Mapping[str, Any], key: str, problems: list[Problem], known: Keys, values: dict[str, Any]
+) -> None:
     path = join(key, field.key)
     if field.key not in raw:
         if field.mandatory:

@@ -53,31 +53,30 @@ class Placement:
         if route.racers_max < 2:
             return []
         extra = list(ordered[1 : route.racers_min])
+        if self._resurrect_rng.random() < self._config.health.resurrect and len(extra) + 1 < route.racers_max:
+            extra += self._outcast(request, ordered[: route.racers_min])
         if self.race_budget.credits >= 1.0 and self._utilisation(request) <= self._config.race.utilisation_max:
             for server in ordered[max(1, route.racers_min) :]:
                 if len(extra) + 1 >= route.racers_max or self.race_budget.credits < 1.0:
                     break
-                if _is_trusted_and_ready(server, request, now_ns) and self.race_budget.spend():
+                if server not in extra and _is_trusted_and_ready(server, request, now_ns) and self.race_budget.spend():
                     extra.append(server)
-        if self._resurrect_rng.random() < self._config.health.resurrect:
-            extra = self._resurrect(request, ordered, extra)
         return extra
 
-    def _resurrect(self, request: Request, ordered: Sequence[Server], extra: Sequence[Server]) -> list[Server]:
-        """Give one racer's place to a server that is dead or doubted, to find out whether it still is."""
+    def _outcast(self, request: Request, chosen: Sequence[Server]) -> list[Server]:
+        """Return a server that is dead or doubted, to find out whether it still is; it takes one racer's place."""
         outcasts = [
             s
             for s in self._fleet
-            if s is not ordered[0]
-            and s not in extra
-            and (s.doubted or s.state is ServerState.DEAD)
+            if s not in chosen
+            and (s.state is ServerState.DEAD or (s.doubted and s.is_alive))
             and request.model is not None
             and s.has(request.model)
+            and selection.has_room(s, request)
         ]
-        if not outcasts:
-            return list(extra)
-        chosen = outcasts[self._resurrect_rng.randrange(len(outcasts))]
-        return [*extra[: max(0, request.route.racers_max - 2)], chosen]
+        if not outcasts or not self.race_budget.spend():
+            return []
+        return [outcasts[self._resurrect_rng.randrange(len(outcasts))]]
 
     def _utilisation(self, request: Request) -> float:
         """Return the share of this model's slots that are in use on live servers that have it loaded."""
@@ -106,15 +105,16 @@ class Placement:
     def next_after_failure(self, request: Request, now_ns: int) -> Server | None:
         """Return the next server that could answer, a full one or a dead one if there is no better."""
         candidates = selection.eligible(self._fleet.holders(request.model), request)
-        usable = [s for s in candidates if selection.has_room(s, request)] or candidates or self._dead(request)
+        usable = [s for s in candidates if selection.has_room(s, request)] or candidates or self.dead(request)
         return self.order(usable, request, now_ns)[0] if usable else None
 
-    def last_resort(self, request: Request, now_ns: int) -> Server | None:
-        """Return a dead server that had what is needed when it was last read."""
-        dead = self._dead(request)
-        return self.order(dead, request, now_ns)[0] if dead else None
+    def last_resort(self, request: Request, dead: Sequence[Server], now_ns: int) -> Server | None:
+        """Return a dead server to try, since nobody alive has what is needed; None when all of them are full."""
+        with_room = [server for server in dead if selection.has_room(server, request)]
+        return self.order(with_room, request, now_ns)[0] if with_room else None
 
-    def _dead(self, request: Request) -> list[Server]:
+    def dead(self, request: Request) -> list[Server]:
+        """Return the dead servers that had what is needed when they were last read, and were not asked yet."""
         return [
             s
             for s in self._fleet

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from lbcore.config import RaceSettings, Winner
+from lbcore.events import Reason
 from lbcore.health import TIMEOUTS
-from lbcore.records import Attempt, Failure, ModelStats, Request
+from lbcore.ollama import model_not_found
+from lbcore.records import Attempt, ModelStats, Request
 from lbcore.states import AttemptState
 
 _ANSWERING = (AttemptState.STREAMING, AttemptState.SUCCEEDED)
@@ -23,13 +23,7 @@ def winner_now(request: Request, *, window_over: bool = False) -> Attempt | None
     An answer that is complete, or of which no more can be held, ends every wait. The last attempt left is committed
     at its first token whatever the rule: there is nothing to wait for.
     """
-    runners = [
-        a
-        for a in request.attempts
-        if a.first_token_ns is not None
-        and not a.detached
-        and a.state in _ANSWERING
-    ]
+    runners = [a for a in request.attempts if a.first_token_ns is not None and not a.detached and a.state in _ANSWERING]
     if not runners:
         return None
     for attempt in runners:
@@ -58,17 +52,19 @@ def hedge_delay_ns(stats: ModelStats | None, settings: RaceSettings, *, stream: 
     The p95 of the model's recent times bounds the extra work to about 5 % (Dean & Barroso, The Tail at Scale, 2013).
     """
     if not stream:
-        return (stats.answer.p95 if stats is not None else None) or settings.hedge_delay_max_ns
+        answer_ns = (stats.answer.p95 if stats is not None else None) or settings.hedge_delay_max_ns
+        return max(answer_ns, settings.hedge_delay_min_ns)
     p95_ns = stats.first_token.p95 if stats is not None else None
     return min(max(p95_ns or settings.hedge_delay_initial_ns, settings.hedge_delay_min_ns), settings.hedge_delay_max_ns)
 
 
-def closing_status(failures: Sequence[Failure]) -> int:
-    """Return the status for a request that no server answered: 504 when all of them timed out, else 502."""
-    return 504 if failures and all(failure.reason in TIMEOUTS for failure in failures) else 502
+def closing_words(request: Request) -> tuple[int, str]:
+    """Return the status and the error for a request that no server answered, naming what happened on each.
 
-
-def closing_message(request: Request) -> str:
-    """Return the error that names what happened on each server."""
-    what = "; ".join(str(failure) for failure in request.failures)
-    return f"no server could answer: {what}" if what else "no server could answer"
+    404 when all lack the model, 504 when all timed out, else 502.
+    """
+    failures = request.failures
+    if failures and all(failure.reason is Reason.MODEL_NOT_FOUND for failure in failures):
+        return 404, model_not_found(request.event.model or "")
+    status = 504 if failures and all(failure.reason in TIMEOUTS for failure in failures) else 502
+    return status, "no server could answer: " + "; ".join(str(failure) for failure in failures)

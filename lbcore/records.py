@@ -131,6 +131,7 @@ class Server:
         "in_flight_max",
         "last_error",
         "last_error_ns",
+        "last_probe_id",
         "last_sync_ns",
         "losses",
         "models",
@@ -163,6 +164,7 @@ class Server:
         self.in_flight = 0
         self.version = ""
         self.probe_id = 0  # the probe under way, 0: none
+        self.last_probe_id = 0  # the last one that ended well
         self.probe_failures = 0
         self.probe_pause_ns = 0
         self.last_sync_ns: int | None = None
@@ -201,6 +203,7 @@ class Attempt:
         "answered",
         "cold",
         "detached",
+        "failure",
         "first_token_ns",
         "full",
         "id",
@@ -230,6 +233,7 @@ class Attempt:
         )  # the one that makes Ollama load
         self.detached = False  # lost its race, but goes on until the model is loaded
         self.answered = False  # failed, but with a whole answer that could be passed on
+        self.failure: Failure | None = None
         self.full = False  # as much is held as may be
         self.paused = False  # we do not read, since the client does not
         self.started_ns = now_ns
@@ -241,6 +245,11 @@ class Attempt:
     def __repr__(self) -> str:
         where = f"of {self.request.id} on {self.server.name}"
         return f"<Attempt {self.id} {self.kind} {where} {self.state} tokens={self.n_tokens}>"
+
+    @property
+    def loads(self) -> bool:
+        """Waits for its model to be loaded."""
+        return self.cold and self.first_token_ns is None
 
     @property
     def is_live(self) -> bool:

@@ -15,7 +15,7 @@ from lbcore.ollama import RequestKind, canonical_model, model_not_found
 from lbcore.placement import Placement
 from lbcore.records import Request, Server
 from lbcore.schema import MS_NS, SECOND_NS
-from lbcore.states import RequestInput, RequestState
+from lbcore.states import RequestInput, RequestState, ServerState
 from lbcore.timers import TimerKind, Timers
 
 SYNC_FRESH_NS = SECOND_NS
@@ -65,8 +65,11 @@ class Requests:
         if self._sync_may_help(request, now_ns):
             request.awaits_sync = True
             return False
-        last_resort = self._placement.last_resort(request, now_ns)
-        if last_resort is not None:
+        dead = self._placement.dead(request)
+        if dead:
+            last_resort = self._placement.last_resort(request, dead, now_ns)
+            if last_resort is None:
+                return False
             self._ledger.start(request, last_resort, AttemptKind.PRIMARY, now_ns)
             self._ledger.record(
                 Decision.STARTED, request, "no live server has it: a dead one is tried", names=(last_resort.name,)
@@ -92,7 +95,7 @@ class Requests:
         awaited = False
         for server in self._fleet:
             if server.last_sync_ns is None:
-                awaited = awaited or (server.probe_id > 0 and server.probe_failures == 0)
+                awaited = awaited or (server.probe_failures == 0 and server.state is ServerState.DEAD)
             elif (
                 server.is_alive
                 and request.model is not None
@@ -157,10 +160,13 @@ class Requests:
         request = self._ledger.requests.get(request_id)
         if request is None or request.state is not RequestState.RACING or request.hedges_left <= 0:
             return
+        if any(attempt.first_token_ns is not None for attempt in request.live_attempts):
+            request.hedges_left = 0  # there is an answer to wait for
+            return
         if self._hedge(request, f"no answer within {request.hedge_delay_ns // MS_NS} ms", now_ns):
             request.hedges_left -= 1
         if request.hedges_left:
-            self._timers.arm(TimerKind.HEDGE, request.id, now_ns + request.hedge_delay_ns)
+            self._timers.arm(TimerKind.HEDGE, request.id, now_ns + max(request.hedge_delay_ns, MS_NS))
 
     def _hedge(self, request: Request, why: str, now_ns: int) -> bool:
         server = self._placement.hedge(request, now_ns)
@@ -188,23 +194,16 @@ class Requests:
     def conclude(self, request: Request, now_ns: int) -> None:
         """Nobody could answer: pass on the last answer a server gave, or say what happened on each."""
         answered = request.last_answered
-        if answered is None:
-            status = race.closing_status(request.failures)
-            message = race.closing_message(request)
-            self._out.append(RejectRequest(request.id, status, message, 0))
+        if answered is None or answered.failure is None:
+            status, message = race.closing_words(request)
+            self._out.append(RejectRequest(request.id, status, message))
             self._ledger.end(request, RequestInput.FAIL, Decision.FAILED, f"{status}: {message}", now_ns)
             return
         self._out.append(PassAnswer(request.id, answered.id))
-        refused = all(failure.status < 500 for failure in request.failures if failure.status)
-        given = RequestInput.FINISH if refused else RequestInput.FAIL
-        self._ledger.end(
-            request,
-            given,
-            Decision.FINISHED if refused else Decision.FAILED,
-            f"passed on as it was: {request.failures[-1]}",
-            now_ns,
-            server=answered.server.name,
-        )
+        refused = answered.failure.status < 500
+        given, decision = (RequestInput.FINISH, Decision.FINISHED) if refused else (RequestInput.FAIL, Decision.FAILED)
+        why = f"passed on as it was: {answered.failure}"
+        self._ledger.end(request, given, decision, why, now_ns, server=answered.server.name)
 
     def rescue(self, server: Server, now_ns: int) -> None:
         """A server died: ask another for every request that waits for it alone."""

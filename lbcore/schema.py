@@ -42,8 +42,15 @@ class Setting:
     choices: type[StrEnum] | None = None
 
 
-def setting(kind: Kind, why: str, default: Any = dataclasses.MISSING, *, low: float | None = None,
-            high: float | None = None, choices: type[StrEnum] | None = None) -> Any:
+def setting(
+    kind: Kind,
+    why: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: type[StrEnum] | None = None,
+) -> Any:
     """Declare a dataclass field that is also a TOML key; without `default` the key is mandatory.
 
     A choice whose default is no member of its enum names the enum in `choices`.
@@ -52,8 +59,7 @@ def setting(kind: Kind, why: str, default: Any = dataclasses.MISSING, *, low: fl
     return dataclasses.field(default=default, metadata={"setting": Setting(kind, why, low, high, choices)})
 
 
-def duration(why: str, default_ns: Any = dataclasses.MISSING, *, low: float = 0,
-             high: float | None = None) -> Any:
+def duration(why: str, default_ns: Any = dataclasses.MISSING, *, low: float = 0, high: float | None = None) -> Any:
     """Declare a duration, held in nanoseconds; the TOML key is the field's name without `_ns`."""
     return setting(Kind.DURATION, why, default_ns, low=low, high=high)
 
@@ -63,14 +69,12 @@ def count(why: str, default: Any = dataclasses.MISSING, *, low: int = 0, high: i
     return setting(Kind.COUNT, why, default, low=low, high=high)
 
 
-def ratio(why: str, default: Any = dataclasses.MISSING, *, low: float = 0.0,
-          high: float | None = None) -> Any:
+def ratio(why: str, default: Any = dataclasses.MISSING, *, low: float = 0.0, high: float | None = None) -> Any:
     """Declare a real number."""
     return setting(Kind.RATIO, why, default, low=low, high=high)
 
 
-def size(why: str, default_bytes: Any = dataclasses.MISSING, *, low: int = 0,
-         high: int | None = None) -> Any:
+def size(why: str, default_bytes: Any = dataclasses.MISSING, *, low: int = 0, high: int | None = None) -> Any:
     """Declare a number of bytes."""
     return setting(Kind.SIZE, why, default_bytes, low=low, high=high)
 

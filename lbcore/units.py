@@ -22,10 +22,14 @@ _NS_PER: Mapping[str, int] = {
     "ns": 1,
 }
 _BYTES_PER: Mapping[str, int] = {
-    "TiB": 1 << 40, "TB": 10**12,
-    "GiB": 1 << 30, "GB": 10**9,
-    "MiB": 1 << 20, "MB": 10**6,
-    "KiB": 1 << 10, "kB": 10**3,
+    "TiB": 1 << 40,
+    "TB": 10**12,
+    "GiB": 1 << 30,
+    "GB": 10**9,
+    "MiB": 1 << 20,
+    "MB": 10**6,
+    "KiB": 1 << 10,
+    "kB": 10**3,
     "B": 1,
 }
 _BYTES_PER_LOWER: Mapping[str, int] = {unit.lower(): factor for unit, factor in _BYTES_PER.items()}

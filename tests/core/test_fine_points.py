@@ -57,7 +57,7 @@ def test_no_hedge_is_started_once_a_first_token_has_come() -> None:
 
 
 def test_a_draining_server_is_not_resurrected_because_it_is_doubted() -> None:
-    book = fleet("a b", health=HealthSettings(resurrect=1.0), race=RaceSettings(racers_max=2, hedges_max=0, budget=0.0))
+    book = fleet("a b", health=HealthSettings(resurrect=1.0), race=RaceSettings(racers_max=2, hedges_max=0))
     book.server("b").doubted = True
     busy = book.balancer.fleet.servers[book.server("b").id]
     first, second = book.race(1)  # b is tried as an outcast
@@ -376,5 +376,5 @@ def test_the_client_leaves_a_stream_whose_losers_still_load() -> None:
     book << CancelAttempt(first.id, Reason.CLIENT_LEFT)
     book >> events.AttemptConnected(loader.id) >> events.HeadReceived(loader.id, 200)
     book >> events.FirstTokenReceived(loader.id)
-    book << lost(loader) << book.probed("b")
+    book << book.probed("b") << lost(loader)
     book << decision(Decision.CANCELLED, server="b", why="loaded now")
