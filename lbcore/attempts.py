@@ -166,7 +166,7 @@ class Attempts:
         if request.kind is RequestKind.UNLOAD and request.model is not None:
             self._fleet.unloaded(server, request.model, now_ns)
         elif request.kind is RequestKind.MANAGE:
-            self._fleet.probe_now(server, now_ns)
+            self._fleet.probe_now(server, now_ns, changed=True)
         if request.stream and request.kind is RequestKind.GENERATE and server.reliability is not Reliability.RELIABLE:
             self._fleet.note_reliability(server, ReliabilityInput.ENDED_WELL, now_ns, "a stream ended well")
         fastest = not attempt.detached and any(a.kind in _RIVALS for a in request.attempts)

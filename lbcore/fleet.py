@@ -192,7 +192,7 @@ class Fleet:
         if attempt.cold:
             if attempt.loader and (attempt.request.stream or kind is RequestKind.LOAD):
                 target.load_ns = float(took_ns) if target.load_ns is None else (target.load_ns + took_ns) / 2
-            self.probe_now(server, now_ns)  # /api/ps lists it from now on
+            self.probe_now(server, now_ns, changed=True)  # /api/ps lists it from now on
         elif attempt.request.stream and kind is RequestKind.GENERATE:
             target.note_first_token(took_ns, now_ns)
         if not target.loaded and target.available is None:
@@ -223,7 +223,7 @@ class Fleet:
         record.active = record.runner_key = None
         record.loaded = False
         self._changed()
-        self.probe_now(server, now_ns)
+        self.probe_now(server, now_ns, changed=True)
 
     def _sync_models(self, server: Server, event: ModelsSynced) -> None:
         available = known_names(event.available)
@@ -234,9 +234,7 @@ class Fleet:
             record.available = available.get(name)
             record.active = active.get(name)
             answering = record.in_flight > record.loading  # loaded for sure, whatever /api/ps said a moment ago
-            record.loaded = record.active is not None or (
-                record.loaded and answering and record.available is not None
-            )
+            record.loaded = record.active is not None or (record.loaded and answering and record.available is not None)
             if not record.loaded:
                 record.runner_key = None
             if not (record.available or record.loaded or record.in_flight):
@@ -245,9 +243,14 @@ class Fleet:
 
     # --- probes --------------------------------------------------------------------------------------------
 
-    def probe_now(self, server: Server, now_ns: int) -> None:
-        """Probe a server now, unless that is under way or it is leaving."""
-        if server.probe_id == 0 and server.state is not ServerState.DRAINING:
+    def probe_now(self, server: Server, now_ns: int, *, changed: bool = False) -> None:
+        """Probe a server now, unless it is leaving or that is under way.
+
+        `changed`: something on it has changed, which a probe under way may have missed; then another one follows.
+        """
+        if server.probe_id:
+            server.probe_again = server.probe_again or changed
+        elif server.state is not ServerState.DRAINING:
             self._last_probe_id += 1
             server.probe_id = self._last_probe_id
             self._timers.arm(TimerKind.PROBE, server.id, now_ns + self._config.probe.timeout_ns)
@@ -313,6 +316,9 @@ class Fleet:
             self._set_health(server, ALIVE_FROM, now_ns, "synced" if first else "synced again")
         if first:
             self._record(Decision.SYNCED, server, f"{len(event.available)} models, {len(event.active)} loaded")
+        if server.probe_again:
+            server.probe_again = False
+            self.probe_now(server, now_ns)
         return server
 
     def _record(self, decision: Decision, server: Server, why: str) -> None:

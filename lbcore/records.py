@@ -136,6 +136,7 @@ class Server:
         "losses",
         "models",
         "name",
+        "probe_again",
         "probe_failures",
         "probe_id",
         "probe_pause_ns",
@@ -165,6 +166,7 @@ class Server:
         self.version = ""
         self.probe_id = 0  # the probe under way, 0: none
         self.last_probe_id = 0  # the last one that ended well
+        self.probe_again = False  # something has changed since the probe under way was started
         self.probe_failures = 0
         self.probe_pause_ns = 0
         self.last_sync_ns: int | None = None

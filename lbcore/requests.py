@@ -11,7 +11,7 @@ from lbcore.events import DownstreamClosed, DrainDeadlinePassed, Reason, Request
 from lbcore.fleet import Fleet
 from lbcore.health import retry_after_s
 from lbcore.ledger import Ledger
-from lbcore.ollama import RequestKind, canonical_model, model_not_found
+from lbcore.ollama import PASS_THROUGH, RequestKind, canonical_model, model_not_found
 from lbcore.placement import Placement
 from lbcore.records import Request, Server
 from lbcore.schema import MS_NS, SECOND_NS
@@ -65,6 +65,10 @@ class Requests:
         if self._sync_may_help(request, now_ns):
             request.awaits_sync = True
             return False
+        alive = self._fleet.holders(None)
+        if alive and request.event.route == PASS_THROUGH.name:  # such as a pull: for any server to answer
+            self._start_racing(request, alive, now_ns)
+            return True
         dead = self._placement.dead(request)
         if dead:
             last_resort = self._placement.last_resort(request, dead, now_ns)
@@ -74,7 +78,7 @@ class Requests:
             self._ledger.record(
                 Decision.STARTED, request, "no live server has it: a dead one is tried", names=(last_resort.name,)
             )
-        elif request.model is not None and any(server.is_alive for server in self._fleet):
+        elif request.model is not None and alive:
             self._reject(request, 404, model_not_found(request.event.model or ""), now_ns)
         else:
             self._reject(

@@ -1,0 +1,51 @@
+"""Fake Ollama servers as a program of their own: `python -m benchmarks.fakes '[{"name": "a"}, …]'`.
+
+Prints `{"ports": […]}`, then answers lines on standard input, each with one line:
+`{"do": "fault", "server": 0, "kind": "hang", "factor": 20}`, `{"do": "fault", "server": 0, "kind": null}`,
+`{"do": "stats"}`. Moments are monotonic ns, comparable between processes. Ends when standard input does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from simulator.faults import Fault, FaultKind
+from simulator.serve import FakeServer, now_ns, serve_fleet
+from simulator.specs import FakeSpec
+
+_DEFAULTS: dict[str, Any] = {
+    "start_loaded": ("llama3.2",),
+    "num_parallel": 4,
+    "first_token_ms": 50.0,
+    "token_ms": 5.0,
+    "tokens": 40,
+    "keep_alive_s": 3600.0,
+}
+
+
+def _answer(fleet: Sequence[FakeServer], wanted: dict[str, Any]) -> dict[str, Any]:
+    if wanted["do"] == "stats":
+        return {"servers": [asdict(server.stats) for server in fleet]}
+    kind = wanted["kind"]
+    more = {name: value for name, value in wanted.items() if name not in {"do", "server", "kind"}}
+    fleet[wanted["server"]].set_fault(None if kind is None else Fault(FaultKind(kind), **more))
+    return {"at_ns": now_ns()}
+
+
+async def _main(specs: Sequence[FakeSpec]) -> None:
+    async with serve_fleet(specs) as fleet:
+        print(json.dumps({"ports": [server.port for server in fleet]}), flush=True)
+        while line := await anyio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):
+            print(json.dumps(_answer(fleet, json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    # Not uvloop: its clock, which the fakes sleep by, has a resolution of 1 ms.
+    anyio.run(_main, [FakeSpec(**{**_DEFAULTS, **spec}) for spec in json.loads(sys.argv[1])])
