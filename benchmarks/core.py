@@ -214,7 +214,31 @@ def profile(n_servers: int, n_events: int = 200_000, lines: int = 30) -> str:
     profiler.runcall(partial(replay, new_balancer(n_servers), calls))
     out = io.StringIO()
     pstats.Stats(profiler, stream=out).strip_dirs().sort_stats("tottime").print_stats(lines)
-    return out.getvalue()
+    return f"{_by_kind(n_servers, calls)}\n{out.getvalue()}"
+
+
+def _by_kind(n_servers: int, calls: list[Call]) -> str:
+    """Return what each kind of event costs, without the profiler; two clock reads (some 0.1 µs) included."""
+    balancer = new_balancer(n_servers)
+    clock = time.perf_counter_ns
+    total_ns: Counter[str] = Counter()
+    count: Counter[str] = Counter()
+    for event, now_ns in calls:
+        began_ns = clock()
+        if event is None:
+            balancer.handle_timeout(now_ns)
+        else:
+            balancer.handle(event, now_ns)
+        balancer.next_deadline()
+        kind = "timeout" if event is None else type(event).__name__
+        total_ns[kind] += clock() - began_ns
+        count[kind] += 1
+    whole_ns = sum(total_ns.values())
+    lines = [f"{n_servers} servers{'':11} count   µs each   share of the time"]
+    for kind, spent_ns in total_ns.most_common():
+        each_us = spent_ns / count[kind] / 1000
+        lines.append(f"{kind:18} {count[kind]:9,} {each_us:9.2f} {spent_ns / whole_ns:9.1%}")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ import anyio
 import anyio.to_thread
 
 from simulator.faults import Fault, FaultKind
-from simulator.serve import FakeServer, now_ns, serve_fleet
+from simulator.serve import FakeServer, Stats, now_ns, serve_fleet
 from simulator.specs import FakeSpec
 
 _DEFAULTS: dict[str, Any] = {
@@ -30,9 +30,15 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+def _seen(stats: Stats) -> dict[str, Any]:
+    names = ("tokens_generated", "tokens_undelivered", "tokens_of_aborted", "concurrent_max", "connections_total")
+    aborts = [asdict(abort) for abort in stats.aborts]
+    return {**{name: getattr(stats, name) for name in names}, "requests": dict(stats.requests), "aborts": aborts}
+
+
 def _answer(fleet: Sequence[FakeServer], wanted: dict[str, Any]) -> dict[str, Any]:
     if wanted["do"] == "stats":
-        return {"servers": [asdict(server.stats) for server in fleet]}
+        return {"servers": [_seen(server.stats) for server in fleet]}
     kind = wanted["kind"]
     more = {name: value for name, value in wanted.items() if name not in {"do", "server", "kind"}}
     fleet[wanted["server"]].set_fault(None if kind is None else Fault(FaultKind(kind), **more))

@@ -101,6 +101,7 @@ class Report:
         table = Table(title=self.title, title_justify="left", title_style="bold")
         self._fill(table)
         console = Console()
+        console.width = max(console.width, 190)  # a narrow terminal or a pipe folds lines; figures are not cut
         console.print(table)
         for line in self._footer():
             console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -42,7 +42,7 @@ class Attempts:
         """The server accepted: the time for its first token runs."""
         attempt = self._ledger.advance(event.attempt_id, AttemptInput.CONNECTED)
         if attempt is not None:
-            self._timers.arm(TimerKind.ATTEMPT, attempt.id, now_ns + self._patience_ns(attempt))
+            self._ledger.expect_by(attempt, now_ns + self._patience_ns(attempt))
 
     def _patience_ns(self, attempt: Attempt) -> int:
         """Return how long a connected attempt may take to its first token, or to its whole answer."""
@@ -71,7 +71,7 @@ class Attempts:
             return
         request = attempt.request
         if request.stream:
-            self._timers.arm(TimerKind.ATTEMPT, attempt.id, now_ns + self._config.timeouts.silence_ns)
+            self._ledger.expect_by(attempt, now_ns + self._config.timeouts.silence_ns)
         if race.rule_of(request) is Winner.MOST_TOKENS and not self._timers.is_armed(TimerKind.MEASURE, request.id):
             self._timers.arm(TimerKind.MEASURE, request.id, now_ns + self._config.race.measure_ns)
         self._settle(request, now_ns)
@@ -82,7 +82,7 @@ class Attempts:
         if attempt is not None:
             attempt.full = True
             attempt.last_chunk_ns = now_ns
-            self._timers.arm(TimerKind.ATTEMPT, attempt.id, now_ns + self._config.timeouts.silence_ns)
+            self._ledger.expect_by(attempt, now_ns + self._config.timeouts.silence_ns)
             self._settle(attempt.request, now_ns)
 
     def on_measure_timer(self, request_id: int, now_ns: int) -> None:
@@ -207,7 +207,7 @@ class Attempts:
     def on_timer(self, attempt_id: int, now_ns: int) -> None:
         """An attempt took too long at the step it is in."""
         attempt = self._ledger.attempts.get(attempt_id)
-        if attempt is None:
+        if attempt is None or not self._ledger.is_due(attempt, now_ns):
             return
         timeouts = self._config.timeouts
         if attempt.state is AttemptState.CONNECTING:
@@ -218,8 +218,8 @@ class Attempts:
         else:
             reason, limit_ns = Reason.SILENCE_TIMEOUT, timeouts.silence_ns
             heard_ns = now_ns if attempt.paused else attempt.last_chunk_ns
-            if heard_ns + limit_ns > now_ns:
-                self._timers.arm(TimerKind.ATTEMPT, attempt.id, heard_ns + limit_ns)
+            attempt.due_ns = heard_ns + limit_ns
+            if not self._ledger.is_due(attempt, now_ns):
                 return
         self._out.append(CancelAttempt(attempt.id, reason))
         self._fail(attempt.id, reason, now_ns, detail=f"after {limit_ns / SECOND_NS:g} s")

@@ -81,13 +81,21 @@ class LoadBalancer:
         if handler is None:
             raise UnknownEventError(event)
         handler(event, now_ns)
-        return self._finish_step(now_ns)
+        if self.ledger.room_made:
+            self._use_room(now_ns)
+        commands = self._out[:]
+        self._out.clear()
+        return commands
 
     def handle_timeout(self, now_ns: int) -> list[Command]:
         """Take every timer that is due; a spurious call returns nothing."""
         while (due := self.timers.pop_due(now_ns)) is not None:
             self._timeouts[due[0]](due[1], now_ns)
-        return self._finish_step(now_ns)
+        if self.ledger.room_made:
+            self._use_room(now_ns)
+        commands = self._out[:]
+        self._out.clear()
+        return commands
 
     def next_deadline(self) -> int | None:
         """Return when `handle_timeout` is due next, ns."""
@@ -108,14 +116,11 @@ class LoadBalancer:
             attempt.paused = paused
             attempt.last_chunk_ns = now_ns
 
-    def _finish_step(self, now_ns: int) -> list[Command]:
-        if self.ledger.room_made:
-            self.ledger.room_made = False
-            if len(self.ledger.queue):
-                self._requests.serve_queue(now_ns)
-        commands = self._out[:]
-        self._out.clear()
-        return commands
+    def _use_room(self, now_ns: int) -> None:
+        """Look at the queue, since an attempt has ended or a server has changed."""
+        self.ledger.room_made = False
+        if len(self.ledger.queue):
+            self._requests.serve_queue(now_ns)
 
     # --- servers ---------------------------------------------------------------------------------------------
 

@@ -38,8 +38,7 @@ def audit(balancer: LoadBalancer, now_ns: int) -> None:
 
 
 def _deadlines(balancer: LoadBalancer) -> dict[tuple[TimerKind, int], int]:
-    timers = balancer.timers
-    return {(kind, owner): due for due, _, kind, owner in sorted(timers._heap) if timers.is_armed(kind, owner)}  # noqa: SLF001
+    return balancer.timers.deadlines()
 
 
 # --- requests and attempts ---------------------------------------------------------------------------------

@@ -9,14 +9,14 @@ from lbcore.events import Reason
 from lbcore.fleet import Fleet
 from lbcore.records import Attempt, Request, Server
 from lbcore.states import (
+    ATTEMPT_TRANSITIONS,
     REQUEST_ENDS,
+    REQUEST_TRANSITIONS,
     AttemptInput,
     Reliability,
     ReliabilityInput,
     RequestInput,
     RequestState,
-    step_attempt,
-    step_request,
 )
 from lbcore.timers import TimerKind, Timers
 
@@ -57,19 +57,39 @@ class Ledger:
             self.step(request, RequestInput.START)
         if server.reliability is not Reliability.RELIABLE:
             self._fleet.note_reliability(server, ReliabilityInput.CHOSEN, now_ns, "chosen again")
-        self._timers.arm(TimerKind.ATTEMPT, attempt.id, now_ns + self._config.timeouts.connect_ns)
+        attempt.due_ns = attempt.timer_ns = now_ns + self._config.timeouts.connect_ns
+        self._timers.arm(TimerKind.ATTEMPT, attempt.id, attempt.timer_ns)
         self._out.append(StartAttempt(request.id, attempt.id, server.id, kind))
         return attempt
 
     def advance(self, attempt_id: int, given: AttemptInput) -> Attempt | None:
         """Step an attempt; None, and counted as late, when the input means nothing to it."""
         attempt = self.attempts.get(attempt_id)
-        following = step_attempt(attempt.state, given) if attempt is not None else None
+        following = ATTEMPT_TRANSITIONS.get((attempt.state, given)) if attempt is not None else None
         if attempt is None or following is None:
             self.late_events += 1
             return None
         attempt.state = following
         return attempt
+
+    def expect_by(self, attempt: Attempt, due_ns: int) -> None:
+        """Set when an attempt has taken too long at its step.
+
+        Most steps end long before. So the timer is only armed anew if it would come too late, and looks at `due_ns` when
+        it fires.
+        """
+        attempt.due_ns = due_ns
+        if due_ns < attempt.timer_ns:
+            attempt.timer_ns = due_ns
+            self._timers.arm(TimerKind.ATTEMPT, attempt.id, due_ns)
+
+    def is_due(self, attempt: Attempt, now_ns: int) -> bool:
+        """Tell whether a timer that fired means something; if not, arm it for when it will."""
+        if attempt.due_ns <= now_ns:
+            return True
+        attempt.timer_ns = attempt.due_ns
+        self._timers.arm(TimerKind.ATTEMPT, attempt.id, attempt.due_ns)
+        return False
 
     def mark_first_token(self, attempt: Attempt, now_ns: int) -> None:
         """Note when the answer began; its model is loaded from now on."""
@@ -135,15 +155,17 @@ class Ledger:
 
     def step(self, request: Request, given: RequestInput) -> None:
         """Step a request. Its inputs come from the balancer alone, so one that does not fit is a defect."""
-        following = step_request(request.state, given)
+        following = REQUEST_TRANSITIONS.get((request.state, given))
         assert following is not None, (request, given)  # noqa: S101
         request.state = following
         assert following not in REQUEST_ENDS or not request.live_attempts, request  # noqa: S101
 
     def disarm(self, request: Request) -> None:
         """Drop the timers of a request."""
-        for kind in (TimerKind.HEDGE, TimerKind.MEASURE, TimerKind.QUEUE):
-            self._timers.cancel(kind, request.id)
+        self._timers.cancel(TimerKind.HEDGE, request.id)
+        self._timers.cancel(TimerKind.MEASURE, request.id)
+        if request.state is RequestState.QUEUED:
+            self._timers.cancel(TimerKind.QUEUE, request.id)
 
     def end(
         self, request: Request, given: RequestInput, decision: Decision, why: str, now_ns: int, *, server: str = ""
@@ -167,4 +189,4 @@ class Ledger:
         names: tuple[str, ...] = (),
     ) -> None:
         """Tell of a decision about a request."""
-        self._out.append(RecordDecision(decision, request.id, server, why, took_ns=took_ns, names=names))
+        self._out.append(RecordDecision(decision, request.id, server, why, "", "", took_ns, names))

@@ -105,12 +105,12 @@ class Placement:
     def next_after_failure(self, request: Request, now_ns: int) -> Server | None:
         """Return the next server that could answer, a full one or a dead one if there is no better."""
         candidates = selection.eligible(self._fleet.holders(request.model), request)
-        usable = [s for s in candidates if selection.has_room(s, request)] or candidates or self.dead(request)
+        usable = selection.with_room(candidates, request) or candidates or self.dead(request)
         return self.order(usable, request, now_ns)[0] if usable else None
 
-    def last_resort(self, request: Request, dead: Sequence[Server], now_ns: int) -> Server | None:
+    def last_resort(self, request: Request, dead: list[Server], now_ns: int) -> Server | None:
         """Return a dead server to try, since nobody alive has what is needed; None when all of them are full."""
-        with_room = [server for server in dead if selection.has_room(server, request)]
+        with_room = selection.with_room(dead, request)
         return self.order(with_room, request, now_ns)[0] if with_room else None
 
     def dead(self, request: Request) -> list[Server]:

@@ -205,6 +205,7 @@ class Attempt:
         "answered",
         "cold",
         "detached",
+        "due_ns",
         "failure",
         "first_token_ns",
         "full",
@@ -220,6 +221,7 @@ class Attempt:
         "started_ns",
         "state",
         "target",
+        "timer_ns",
     )
 
     def __init__(self, attempt_id: int, request: Request, server: Server, kind: AttemptKind, now_ns: int) -> None:
@@ -241,6 +243,8 @@ class Attempt:
         self.started_ns = now_ns
         self.first_token_ns: int | None = None
         self.last_chunk_ns = now_ns
+        self.due_ns = 0  # when it has taken too long at its present step
+        self.timer_ns = 0  # when its timer fires, not later than that
         self.n_bytes = 0
         self.n_tokens = 0
 

@@ -57,7 +57,7 @@ class Requests:
             return True
         candidates = selection.eligible(self._fleet.holders(request.model), request)
         if candidates:
-            with_room = [server for server in candidates if selection.has_room(server, request)]
+            with_room = selection.with_room(candidates, request)
             if not with_room:
                 return False
             self._start_racing(request, with_room, now_ns)
@@ -139,7 +139,7 @@ class Requests:
         for server in chosen[1:]:
             self._ledger.start(request, server, AttemptKind.RACER, now_ns)
         self._ledger.record(
-            Decision.STARTED, request, request.route.strategy, names=tuple(server.name for server in chosen)
+            Decision.STARTED, request, request.route.strategy, names=tuple([server.name for server in chosen])
         )
         if request.route.hedges_max > 0 and request.kind is RequestKind.GENERATE:
             request.hedges_left = request.route.hedges_max

@@ -35,6 +35,14 @@ def has_room(server: Server, request: Request) -> bool:
     return server.models[request.model].in_flight < server.in_flight_max
 
 
+def with_room(candidates: list[Server], request: Request) -> list[Server]:
+    """Return those of the candidates that have room for one more request for this model."""
+    model = request.model
+    if model is None or not request.generates:
+        return candidates
+    return [server for server in candidates if server.models[model].in_flight < server.in_flight_max]
+
+
 def is_ready(server: Server, request: Request) -> bool:
     """Tell whether the server would start at once: the model loaded as asked, and a slot idle."""
     if request.model is None or not request.generates:
@@ -106,7 +114,11 @@ def _ranks(candidates: Sequence[Server], request: Request, config: Config, now_n
         first_token_ns: float = record.known_ns or best_ns
         if first_token_ns >= 2 * best_ns:  # below, the rank is the same whatever has faded
             first_token_ns = faded_ns(record, best_ns, now_ns, config.selection.forget_ns)
-        if record.in_flight >= server.slots or not record.is_warm(runner_key):
+        if (
+            record.in_flight >= server.slots
+            or not record.loaded
+            or (record.runner_key != runner_key and record.runner_key is not None)
+        ):
             first_token_ns = expected_ns(server, record, request, first_token_ns)
         expected.append(first_token_ns)
     soonest = max(min(expected), 1.0)

@@ -25,8 +25,8 @@ class Timers:
     __slots__ = ("_armed", "_heap", "_seq")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, TimerKind, int]] = []
-        self._armed: dict[tuple[TimerKind, int], int] = {}
+        self._heap: list[tuple[int, int, tuple[TimerKind, int]]] = []
+        self._armed: dict[tuple[TimerKind, int], int] = {}  # sequence number of the entry that counts
         self._seq = 0
 
     def __len__(self) -> int:
@@ -37,11 +37,12 @@ class Timers:
 
     def arm(self, kind: TimerKind, owner_id: int, deadline_ns: int) -> None:
         """Arm, or arm anew, the owner's timer of this kind."""
-        self._seq += 1
-        self._armed[kind, owner_id] = self._seq
-        heapq.heappush(self._heap, (deadline_ns, self._seq, kind, owner_id))
+        key = kind, owner_id
+        self._seq = seq = self._seq + 1
+        self._armed[key] = seq
+        heapq.heappush(self._heap, (deadline_ns, seq, key))
         if len(self._heap) > 2 * len(self._armed) + _SLACK:
-            self._heap = [entry for entry in self._heap if self._is_live(entry)]
+            self._heap = [entry for entry in self._heap if self._armed.get(entry[2]) == entry[1]]
             heapq.heapify(self._heap)
 
     def cancel(self, kind: TimerKind, owner_id: int) -> None:
@@ -52,21 +53,25 @@ class Timers:
         """Tell whether the owner has such a timer."""
         return (kind, owner_id) in self._armed
 
+    def deadlines(self) -> dict[tuple[TimerKind, int], int]:
+        """Return when each armed timer fires, for an audit."""
+        return {key: deadline_ns for deadline_ns, seq, key in self._heap if self._armed.get(key) == seq}
+
     def next_deadline(self) -> int | None:
         """Return the earliest armed deadline, ns."""
-        heap = self._heap
-        while heap and not self._is_live(heap[0]):
+        heap, armed = self._heap, self._armed
+        while heap:
+            deadline_ns, seq, key = heap[0]
+            if armed.get(key) == seq:
+                return deadline_ns
             heapq.heappop(heap)
-        return heap[0][0] if heap else None
+        return None
 
     def pop_due(self, now_ns: int) -> tuple[TimerKind, int] | None:
         """Disarm and return the earliest timer that is due, or None."""
         deadline_ns = self.next_deadline()
         if deadline_ns is None or deadline_ns > now_ns:
             return None
-        _, _, kind, owner_id = heapq.heappop(self._heap)
-        del self._armed[kind, owner_id]
-        return kind, owner_id
-
-    def _is_live(self, entry: tuple[int, int, TimerKind, int]) -> bool:
-        return self._armed.get((entry[2], entry[3])) == entry[1]
+        key = heapq.heappop(self._heap)[2]
+        del self._armed[key]
+        return key

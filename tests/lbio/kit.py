@@ -221,7 +221,7 @@ class Client:
 
     def __init__(self, stream: anyio.abc.ByteStream) -> None:
         self.stream = stream
-        self.data = b""
+        self.data = bytearray()
 
     async def send(self, data: bytes) -> None:
         await self.stream.send(data)
@@ -232,7 +232,8 @@ class Client:
             while text not in self.data:
                 self.data += await self.stream.receive()
         end = self.data.index(text) + len(text)
-        found, self.data = self.data[:end], self.data[end:]
+        found = bytes(self.data[:end])
+        del self.data[:end]
         return found
 
     async def rest(self) -> bytes:
@@ -240,7 +241,7 @@ class Client:
         with anyio.fail_after(LIMIT_S), contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
             while True:
                 self.data += await self.stream.receive()
-        return self.data
+        return bytes(self.data)
 
 
 @contextlib.asynccontextmanager

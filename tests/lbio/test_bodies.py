@@ -1,0 +1,133 @@
+"""What is read of a request's body decides where it goes; an Ollama decides whether the body is good."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lbcore.ollama import BodyFacts, RequestKind, find_route, runner_key
+from lbio.bodies import read_facts
+
+CHAT, GENERATE = find_route("/api/chat"), find_route("/api/generate")
+LOAD, UNLOAD, GEN, MANAGE = RequestKind.LOAD, RequestKind.UNLOAD, RequestKind.GENERATE, RequestKind.MANAGE
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def facts(body: object, path: str = "/api/chat", method: str = "POST") -> BodyFacts:
+    return read_facts(find_route(path), method, body if isinstance(body, bytes) else json.dumps(body).encode())
+
+
+@pytest.mark.parametrize(("path", "body", "kind"), [
+    ("/api/chat", {"model": "m", "messages": HELLO}, GEN),
+    ("/api/chat", {"model": "m", "messages": []}, LOAD),
+    ("/api/chat", {"model": "m", "messages": None}, LOAD),
+    ("/api/chat", {"model": "m"}, LOAD),
+    ("/api/chat", {"model": "m", "keep_alive": 0}, UNLOAD),
+    ("/api/chat", {"model": "m", "keep_alive": "0"}, UNLOAD),
+    ("/api/chat", {"model": "m", "keep_alive": "0s"}, UNLOAD),
+    ("/api/chat", {"model": "m", "keep_alive": "0h0m0.0s"}, UNLOAD),
+    ("/api/chat", {"model": "m", "keep_alive": 0.0}, UNLOAD),
+    ("/api/chat", {"model": "m", "keep_alive": -1}, LOAD),
+    ("/api/chat", {"model": "m", "keep_alive": "5m"}, LOAD),
+    ("/api/chat", {"model": "m", "keep_alive": "10m"}, LOAD),
+    ("/api/chat", {"model": "m", "keep_alive": "0.5s"}, LOAD),
+    ("/api/chat", {"model": "m", "messages": HELLO, "keep_alive": 0}, GEN),
+    ("/api/generate", {"model": "m", "prompt": "x"}, GEN),
+    ("/api/generate", {"model": "m", "prompt": ""}, LOAD),
+    ("/api/generate", {"model": "m"}, LOAD),
+    ("/api/generate", {"model": "m", "keep_alive": 0}, UNLOAD),
+    ("/api/generate", {"model": "m", "prompt": " "}, GEN),
+    ("/v1/chat/completions", {"model": "m", "messages": []}, GEN),
+    ("/api/embed", {"model": "m"}, GEN),
+    ("/api/show", {"model": "m"}, GEN),
+    ("/api/pull", {"model": "m"}, MANAGE),
+    ("/api/delete", {"model": "m"}, MANAGE),
+])  # fmt: skip
+def test_kind(path: str, body: dict[str, Any], kind: RequestKind) -> None:
+    assert facts(body, path).kind is kind
+
+
+@pytest.mark.parametrize("body", [
+    b'{"Model": "m", "messages": []}', b'{"MODEL": "m"}', b'{"name": "m"}', b'{"model": "", "name": "m"}',
+    b'{"model": "m"} trailing garbage', b' \n\t{"model": "m"}{"model": "n"}', b'{"model": "m", "model": "m"}',
+    b'{"model": "\\u006d"}', b'{"model": "m", "messages": [{"content": "\\ud800"}]}',
+    b'{"model": "m", "extra": ' + b"[" * 500 + b"]" * 500 + b"}",
+])  # fmt: skip
+def test_lenient_as_go_is(body: bytes) -> None:
+    assert facts(body).model == "m"
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"{", b"[]", b"5", b"null", b'"model"', b"{}", b'{"model": 5}', b'{"model": null}', b'{"model": ["m"]}',
+    b"\xff", b'{"model": "\xff"}', b"{" * 100_000, b'{"a":' * 100_000, b"model=m", b'{"model" "m"}',
+])  # fmt: skip
+def test_what_cannot_be_read_names_no_model(body: bytes) -> None:
+    found = facts(body)
+    assert (found.model, found.kind, found.runner_key) == (None, GEN, "")
+
+
+@pytest.mark.parametrize(("path", "body", "stream"), [
+    ("/api/chat", {"model": "m", "messages": HELLO}, True),
+    ("/api/chat", {"model": "m", "messages": HELLO, "stream": None}, True),
+    ("/api/chat", {"model": "m", "messages": HELLO, "stream": False}, False),
+    ("/v1/chat/completions", {"model": "m", "messages": HELLO}, False),
+    ("/v1/chat/completions", {"model": "m", "messages": HELLO, "stream": True}, True),
+    ("/api/chat", {"model": "m"}, False),
+    ("/api/show", {"model": "m", "stream": True}, False),
+])  # fmt: skip
+def test_stream(path: str, body: dict[str, Any], stream: bool) -> None:
+    assert facts(body, path).stream is stream
+
+
+def test_runner_options_make_the_key_and_others_do_not() -> None:
+    plain = facts({"model": "m", "options": {"temperature": 1}})
+    large = facts({"model": "m", "options": {"num_ctx": 8192, "seed": 1}})
+    assert plain.runner_key == ""
+    assert large.runner_key == facts({"model": "m", "options": {"seed": 2, "num_ctx": 8192}}).runner_key != ""
+
+
+def test_the_key_does_not_depend_on_the_order() -> None:
+    one, two = {"num_ctx": 1, "num_gpu": 2}, {"num_gpu": 2, "num_ctx": 1}
+    assert facts({"model": "m", "options": one}).runner_key == facts({"model": "m", "options": two}).runner_key
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=8,
+)
+bodies = st.fixed_dictionaries(
+    {"model": st.text(min_size=1, max_size=8)},
+    optional={
+        "messages": st.lists(json_values, max_size=2) | st.none(),
+        "prompt": st.text(max_size=4) | st.none(),
+        "stream": st.booleans() | st.none(),
+        "keep_alive": st.sampled_from([None, 0, -1, 5, 0.5, "0", "0s", "5m"]),
+        "options": st.dictionaries(st.sampled_from(["num_ctx", "num_gpu", "seed"]), st.integers(0, 9)) | st.none(),
+        "extra": json_values,
+    },
+)
+
+
+def oracle(body: dict[str, Any]) -> BodyFacts:
+    """The same, by json.loads and plain Python, for /api/chat."""
+    empty = not body.get("messages") and not body.get("prompt")
+    kind = GEN if not empty else UNLOAD if body.get("keep_alive") in {0, "0", "0s"} else LOAD
+    stream = body.get("stream") is not False and kind is GEN
+    return BodyFacts(body["model"], runner_key(body.get("options")), stream, kind)
+
+
+@given(bodies, st.booleans(), st.sampled_from([None, 1, 2]), st.booleans())
+def test_the_same_as_json_loads(body: dict[str, Any], ascii_only: bool, indent: int | None, capital: bool) -> None:
+    text = json.dumps(body, ensure_ascii=ascii_only, indent=indent)
+    if capital:
+        text = text.replace('"model"', '"Model"', 1)
+    assert read_facts(CHAT, "POST", text.encode()) == oracle(json.loads(json.dumps(body)))
+
+
+@given(st.binary(max_size=60))
+def test_no_body_is_too_strange(body: bytes) -> None:
+    read_facts(CHAT, "POST", body)
+    read_facts(GENERATE, "POST", b"{" + body)

@@ -1,0 +1,134 @@
+"""A watcher counts tokens and finds the end or the error of a stream, however it was cut up."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lbcore.ollama import Ending
+from lbio.watchers import Watcher
+from tests.simulator.wire import load, parse
+
+TOKEN = b'{"model":"m","message":{"role":"assistant","content":"x"},"done":false}\n'
+DONE = b'{"model":"m","message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}\n'
+SSE_TOKEN = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
+MESSAGE_TOKEN = b'event: content_block_delta\ndata: {"type":"content_block_delta"}\n\n'
+CHAT, CHAT_SSE, MESSAGES = Ending.NDJSON_DONE, Ending.SSE_DONE, Ending.MESSAGE_STOP
+
+Verdict = tuple[bool, bool, int]
+
+
+def verdict(watcher: Watcher) -> Verdict:
+    return watcher.complete, watcher.failed, watcher.n_tokens
+
+
+def watched(ending: Ending, *pieces: bytes) -> Verdict:
+    watcher = Watcher(ending)
+    total = sum(watcher.feed(piece) for piece in pieces)
+    assert total == watcher.n_tokens
+    return verdict(watcher)
+
+
+def quoted(text: str) -> bytes:
+    return json.dumps({"message": {"content": text}, "done": False}).encode() + b"\n"
+
+
+TRICK = b'{"message":{"tool_calls":[{"function":{"arguments":{"done":true,"error":"x","status":"success"}}}]},"done":false}\n'
+
+STORIES: list[tuple[str, Ending, bytes, Verdict]] = [
+    ("nothing", CHAT, b"", (False, False, 0)),
+    ("one token", CHAT, TOKEN, (False, False, 1)),
+    ("a whole stream", CHAT, TOKEN * 3 + DONE, (True, False, 3)),
+    ("blanks", CHAT, b'{"done" :\t true}\n', (True, False, 0)),
+    ("not yet a line", CHAT, DONE[:-1], (False, False, 0)),
+    ("an error", CHAT, TOKEN + b'{"error":"boom"}\n', (False, True, 1)),
+    ("an error with blanks", CHAT, b'{ "error" : "boom" }\n', (False, True, 0)),
+    ("done inside tool-call arguments", CHAT, TRICK, (False, False, 1)),
+    ("done inside a text", CHAT, quoted('"done":true'), (False, False, 1)),
+    ("an error inside a text", CHAT, quoted('{"error":"boom"}'), (False, False, 1)),
+    ("an empty error", CHAT, b'{"error":"","done":false}\n', (False, False, 1)),
+    ("done that is no boolean", CHAT, b'{"done":"true"}\n{"done":1}\n', (False, False, 2)),
+    ("a list", CHAT, b'["done",true]\n[{"done":true}]\n', (False, False, 2)),
+    ("broken JSON", CHAT, b'{"done":true\n', (False, False, 1)),
+    ("a pull", Ending.NDJSON_SUCCESS, b'{"status":"pulling"}\n{"status":"success"}\n', (True, False, 1)),
+    ("a failed pull", Ending.NDJSON_SUCCESS, b'{"error":"no such model"}\n', (False, True, 0)),
+    ("SSE", CHAT_SSE, SSE_TOKEN * 2 + b"data: [DONE]\n\n", (True, False, 2)),
+    ("SSE without its end", CHAT_SSE, SSE_TOKEN * 2, (False, False, 2)),
+    ("SSE that speaks of its end", CHAT_SSE, SSE_TOKEN.replace(b"x", b"data: [DONE]"), (False, False, 1)),
+    ("SSE with an error", CHAT_SSE, SSE_TOKEN + b'data: {"error":{"message":"boom"}}\n\n', (False, True, 1)),
+    ("messages", MESSAGES, MESSAGE_TOKEN + b"event: message_stop\ndata: {}\n\n", (True, False, 1)),
+    ("messages with an error", MESSAGES, MESSAGE_TOKEN + b"event: error\ndata: {}\n\n", (False, True, 1)),
+    ("messages that speak of it", MESSAGES, MESSAGE_TOKEN.replace(b"{", b'{"t":"event: error",'), (False, False, 1)),
+    ("responses", Ending.RESPONSE_COMPLETED, b"event: response.completed\ndata: {}\n\n", (True, False, 0)),
+    ("cut-off responses", Ending.RESPONSE_COMPLETED, b"event: response.incomplete\ndata: {}\n\n", (True, False, 0)),
+    ("failed responses", Ending.RESPONSE_COMPLETED, b"event: response.failed\ndata: {}\n\n", (False, True, 0)),
+    ("an error among responses", Ending.RESPONSE_COMPLETED, b"event: error\ndata: {}\n\n", (False, True, 0)),
+    ("no terminator needed", Ending.FRAMING, b"anything", (True, False, 0)),
+]
+NAMES = [story[0] for story in STORIES]
+
+
+@pytest.mark.parametrize(("_name", "ending", "data", "expected"), STORIES, ids=NAMES)
+def test_in_one_piece(_name: str, ending: Ending, data: bytes, expected: Verdict) -> None:
+    assert watched(ending, data) == expected
+
+
+@pytest.mark.parametrize(("_name", "ending", "data", "expected"), STORIES, ids=NAMES)
+def test_byte_by_byte(_name: str, ending: Ending, data: bytes, expected: Verdict) -> None:
+    assert watched(ending, *(data[i : i + 1] for i in range(len(data)))) == expected
+
+
+@given(st.data())
+def test_any_split_gives_the_same_verdict_and_count(data: st.DataObject) -> None:
+    ending = data.draw(st.sampled_from(sorted(set(Ending) - {Ending.FRAMING})))
+    payload = b"".join(data.draw(st.lists(st.sampled_from([d for _, e, d, _ in STORIES if e is ending]), max_size=5)))
+    points = data.draw(st.lists(st.integers(0, len(payload)), max_size=6))
+    places = sorted({0, len(payload), *points})
+    pieces = [payload[a:b] for a, b in zip(places, places[1:], strict=False)]
+    assert watched(ending, *pieces) == watched(ending, payload)
+
+
+@given(st.lists(st.text(max_size=40), max_size=6))
+def test_no_text_is_taken_for_an_end(texts: list[str]) -> None:
+    assert watched(CHAT, b"".join(quoted(text) for text in texts)) == (False, False, len(texts))
+
+
+@pytest.mark.parametrize(("name", "ending", "complete", "failed"), [
+    ("chat_stream_warm", CHAT, True, False),
+    ("generate_stream", CHAT, True, False),
+    ("v1_chat_stream", CHAT_SSE, True, False),
+    ("v1_completions_stream", CHAT_SSE, True, False),
+    ("v1_messages_stream", MESSAGES, True, False),
+    ("chat_runner_killed_midstream", CHAT, False, True),
+    ("chat_sigterm_midstream", CHAT, False, False),
+    ("v1_chat_runner_killed_midstream", CHAT_SSE, False, False),
+    ("v1_messages_runner_killed_midstream", MESSAGES, False, False),
+])  # fmt: skip
+def test_recordings(name: str, ending: Ending, complete: bool, failed: bool) -> None:
+    answer = parse(load(name).response)
+    found = watched(ending, answer.body)
+    assert found[:2] == (complete, failed)
+
+
+@pytest.mark.parametrize(("data", "expected"), [
+    (b"", True), (TOKEN, True), (TOKEN + b"{", False), (b"{", False), (TOKEN[:-1], False),
+])  # fmt: skip
+def test_it_knows_whether_a_line_is_begun(data: bytes, expected: bool) -> None:
+    watcher = Watcher(CHAT)
+    watcher.feed(data)
+    assert watcher.at_line_start is expected
+
+
+def test_a_line_without_end_is_not_kept_without_bound() -> None:
+    watcher = Watcher(CHAT)
+    for _ in range(10):
+        watcher.feed(b"x" * (1 << 20))
+    assert len(watcher._partial) <= 5 << 20
+
+
+def test_a_very_long_last_line_is_still_an_end() -> None:
+    """/api/generate's last line carries the whole context."""
+    last = b'{"response":"","done":true,"context":[' + b",".join([b"12345"] * 300_000) + b"]}\n"
+    pieces = [last[i : i + 65536] for i in range(0, len(last), 65536)]
+    assert watched(CHAT, *pieces) == (True, False, 0)
