@@ -82,6 +82,8 @@ class Attempts:
         if attempt is not None:
             attempt.full = True
             attempt.last_chunk_ns = now_ns
+            if attempt.first_token_ns is None:  # one token alone is larger than what may be held
+                self._ledger.mark_first_token(attempt, now_ns)
             self._ledger.expect_by(attempt, now_ns + self._config.timeouts.silence_ns)
             self._settle(attempt.request, now_ns)
 
@@ -100,10 +102,7 @@ class Attempts:
             self._commit(request, winner, now_ns)
 
     def _commit(self, request: Request, winner: Attempt, now_ns: int) -> None:
-        self._ledger.step(request, RequestInput.COMMIT)
-        request.committed = winner
-        if winner.state is AttemptState.STREAMING:
-            self._ledger.advance(winner.id, AttemptInput.COMMIT)
+        self._ledger.commit(request, winner)
         self._out.append(CommitAttempt(request.id, winner.id))
         rule = race.rule_of(request) if len(request.attempts) > 1 else "the only one"
         self._ledger.record(

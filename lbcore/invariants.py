@@ -129,7 +129,7 @@ def _counters(balancer: LoadBalancer) -> Iterator[str]:
                 yield f"{server}: {name} in_flight={record.in_flight}, but {by_model[key]} attempts live"
             if record.loading != by_load[key]:
                 yield f"{server}: {name} loading={record.loading}, but {by_load[key]} attempts wait for its load"
-    retries = sum(attempt.kind is AttemptKind.RETRY for attempt in live)
+    retries = sum(attempt.kind is AttemptKind.RETRY for attempt in live if attempt.request.committed is not attempt)
     if balancer.ledger.retry_budget.under_way != retries:
         yield f"{balancer.ledger.retry_budget.under_way} retries are said to be under way, {retries} are"
 

@@ -75,8 +75,8 @@ class Ledger:
     def expect_by(self, attempt: Attempt, due_ns: int) -> None:
         """Set when an attempt has taken too long at its step.
 
-        Most steps end long before. So the timer is only armed anew if it would come too late, and looks at `due_ns` when
-        it fires.
+        Most steps end long before. So the timer is only armed anew if it would come too late; when it fires, it looks
+        at `due_ns`.
         """
         attempt.due_ns = due_ns
         if due_ns < attempt.timer_ns:
@@ -109,7 +109,8 @@ class Ledger:
             attempt.target.in_flight -= 1
             if attempt.first_token_ns is None:
                 attempt.target.loading -= attempt.cold
-        self.retry_budget.under_way -= attempt.kind is AttemptKind.RETRY
+        if attempt.request.committed is not attempt:
+            self._count_off_retry(attempt)
         self.room_made = True
         if attempt.loader and attempt.loads:
             self._pass_on_load(attempt)
@@ -126,6 +127,17 @@ class Ledger:
         """Count the tokens of an ended attempt that were not delivered."""
         if attempt.request.committed is not attempt:
             self.wasted_tokens += attempt.n_tokens
+
+    def commit(self, request: Request, winner: Attempt) -> None:
+        """Choose an attempt; a retry is over with that, though its answer may stream on for long."""
+        self.step(request, RequestInput.COMMIT)
+        request.committed = winner
+        if winner.id in self.attempts:  # else its whole answer is held, and it has ended already
+            self.advance(winner.id, AttemptInput.COMMIT)
+            self._count_off_retry(winner)
+
+    def _count_off_retry(self, attempt: Attempt) -> None:
+        self.retry_budget.under_way -= attempt.kind is AttemptKind.RETRY
 
     def detach(self, attempt: Attempt) -> None:
         """Let an attempt that lost its race go on, until the model it loads is loaded."""

@@ -6,6 +6,7 @@ Source of every rule: recorded traffic of a real Ollama (tests/captures) and its
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -172,16 +173,18 @@ def runner_key(options: Mapping[str, Any] | None) -> str:
     return json.dumps(chosen, sort_keys=True, separators=(",", ":")) if chosen else ""
 
 
+_ZERO_DURATION = re.compile(
+    r"[+-]?(?:0|(?:(?:0+\.?0*|\.0+)(?:ns|us|µs|μs|ms|s|m|h))+)"
+)  # as Go's ParseDuration reads it
+
+
 def keep_alive_is_zero(value: object) -> bool:
     """Tell whether a `keep_alive` asks to unload at once: 0, "0", "0s", "0m" and the like."""
     if isinstance(value, bool):
         return False
     if isinstance(value, int | float):
         return value == 0
-    if not isinstance(value, str):
-        return False
-    digits = value.strip().lstrip("+-").rstrip("hmsnuµ")
-    return digits != "" and set(digits) <= set("0.") and "0" in digits
+    return isinstance(value, str) and _ZERO_DURATION.fullmatch(value) is not None
 
 
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})

@@ -273,7 +273,7 @@ class Failure:
     detail: str
 
     def __str__(self) -> str:
-        status = f" {self.status}" if self.status else ""
+        status = f" {self.status}" if self.status >= 400 else ""
         return f"{self.server}: {self.reason}{status}{': ' if self.detail else ''}{self.detail}"
 
 

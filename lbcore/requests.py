@@ -11,7 +11,7 @@ from lbcore.events import DownstreamClosed, DrainDeadlinePassed, Reason, Request
 from lbcore.fleet import Fleet
 from lbcore.health import retry_after_s
 from lbcore.ledger import Ledger
-from lbcore.ollama import PASS_THROUGH, RequestKind, canonical_model, model_not_found
+from lbcore.ollama import PASS_THROUGH, RequestKind, canonical_model
 from lbcore.placement import Placement
 from lbcore.records import Request, Server
 from lbcore.schema import MS_NS, SECOND_NS
@@ -79,7 +79,13 @@ class Requests:
                 Decision.STARTED, request, "no live server has it: a dead one is tried", names=(last_resort.name,)
             )
         elif request.model is not None and alive:
-            self._reject(request, 404, model_not_found(request.event.model or ""), now_ns)
+            usable = [server for server in alive if selection.has_room(server, request)]
+            if not usable:
+                return False
+            asked = min(usable, key=lambda server: (server.in_flight, server.id))
+            self._ledger.start(request, asked, AttemptKind.PRIMARY, now_ns)
+            why = "nobody is known to have it: one is asked, and says so in the words of this path"
+            self._ledger.record(Decision.STARTED, request, why, names=(asked.name,))
         else:
             self._reject(
                 request,

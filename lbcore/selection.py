@@ -32,7 +32,8 @@ def has_room(server: Server, request: Request) -> bool:
     """Tell whether one more request for this model may be sent to the server."""
     if not request.generates or request.model is None:
         return True
-    return server.models[request.model].in_flight < server.in_flight_max
+    record = server.models.get(request.model)
+    return record is None or record.in_flight < server.in_flight_max
 
 
 def with_room(candidates: list[Server], request: Request) -> list[Server]:

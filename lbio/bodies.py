@@ -24,8 +24,7 @@ class _Fields(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Fields).decode
-_EMPTY_LISTS = (b"", b"null", b"[]")
-_EMPTY_TEXTS = (b"", b"null", b'""')
+_EMPTY_BYTES_MAX = 16  # longer JSON is taken for not empty, unread
 _MEMBERS = tuple(_Fields.__struct_fields__)
 
 
@@ -38,7 +37,7 @@ def read_facts(route: Route, method: str, body: bytes) -> BodyFacts:
     if fields is None:
         return BodyFacts(kind=kind)
     model = fields.model or fields.name or fields.source
-    empty = _squeezed(fields.messages) in _EMPTY_LISTS and _squeezed(fields.prompt) in _EMPTY_TEXTS
+    empty = _is_empty(fields.messages) and _is_empty(fields.prompt)
     kind = request_kind(route, method, empty=empty and bool(model), keep_alive=fields.keep_alive)
     answers_at_once = kind in {RequestKind.LOAD, RequestKind.UNLOAD}
     stream = route.streams_by_default if fields.stream is None else fields.stream
@@ -53,7 +52,7 @@ def read_facts(route: Route, method: str, body: bytes) -> BodyFacts:
 def _fields(body: bytes) -> _Fields | None:
     try:
         fields = _decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         fields = None
     if fields is not None and (fields.model or fields.name or fields.source):
         return fields
@@ -69,19 +68,15 @@ def _lenient_fields(body: bytes) -> _Fields | None:
     if not isinstance(decoded, dict):
         return None
     known = {key.lower(): value for key, value in decoded.items() if key.lower() in _MEMBERS and value is not None}
+    for name in ("messages", "prompt"):
+        known[name] = msgspec.Raw(b"1" if known.get(name) else b"null")  # all that matters is whether it is empty
     try:
-        return msgspec.convert(
-            {
-                k: v if k not in {"messages", "prompt"} else msgspec.Raw(msgspec.json.encode(v))
-                for k, v in known.items()
-            },
-            _Fields,
-        )
-    except (msgspec.ValidationError, UnicodeEncodeError):
+        return msgspec.convert(known, _Fields)
+    except msgspec.ValidationError:
         return None  # a wrong type: for an Ollama to refuse
 
 
-def _squeezed(raw: msgspec.Raw) -> bytes:
-    """Return the JSON text, its blanks dropped if it is so short that it may mean empty."""
-    view = memoryview(raw)
-    return bytes(view) if len(view) > 16 else b"".join(bytes(view).split())
+def _is_empty(raw: msgspec.Raw) -> bool:
+    """Tell whether a member is missing, null, an empty list or an empty text."""
+    text = memoryview(raw)
+    return len(text) == 0 or (len(text) <= _EMPTY_BYTES_MAX and msgspec.json.decode(text) in (None, [], ""))

@@ -94,7 +94,7 @@ class ClientConnection:
     async def run(self) -> None:
         """Answer request after request."""
         try:
-            while await self._serve_one():
+            while await self._serve_one() and not self._front.draining:
                 self.is_idle = True
             await self._client.finish()
         except (ClientGone, anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream):

@@ -13,6 +13,9 @@ from lbio.headers import downstream_headers
 from lbio.http1 import LAST_CHUNK, Framing, HeaderPairs, HttpError, IncompleteBody, encode_chunk, serialize_response
 from lbio.upstream import Answer
 
+_TAIL_BYTES_MAX = 65536
+"""A line whose beginning is longer than this is passed on as it comes."""
+
 
 class Core(Protocol):
     """What the relay needs of the driver."""
@@ -30,7 +33,7 @@ class Core(Protocol):
 class Relay:
     """Gives one client the answer that was chosen for it."""
 
-    __slots__ = ("_answer", "_client", "_core", "_exchange", "_framing", "_run")
+    __slots__ = ("_answer", "_client", "_core", "_exchange", "_framing", "_is_line_open", "_run", "_tail")
 
     def __init__(self, exchange: Exchange, run: AttemptRun, answer: Answer, client: ClientStream, core: Core) -> None:
         self._exchange = exchange
@@ -39,6 +42,8 @@ class Relay:
         self._client = client
         self._core = core
         self._framing = Framing.NONE
+        self._tail = b""  # the beginning of a line, kept back until the rest of it has come
+        self._is_line_open = False  # the client has got the beginning of a line
 
     async def run(self, *, close: bool, ours: HeaderPairs) -> bool:
         """Relay to the end; return whether the connection can carry another request. Raises ClientGone."""
@@ -47,7 +52,8 @@ class Relay:
         with self._exchange.relay_scope:
             held = bytes(answer.held)
             answer.held.clear()
-            await self._write(serialize_response(answer.head.status, headers, answer.head.reason) + self._framed(held))
+            head = serialize_response(answer.head.status, headers, answer.head.reason)
+            await self._write(head + self._framed(self._whole_lines(held)))
             await self._pump()
         return await self._end() and not close and self._framing is not Framing.CLOSE
 
@@ -58,8 +64,8 @@ class Relay:
                 payload = await answer.read()
                 n_tokens = answer.watcher.feed(payload)
                 core.note_chunk(run.attempt_id, len(payload), n_tokens)
-                if payload:
-                    await self._write(self._framed(payload))
+                if lines := self._whole_lines(payload):
+                    await self._write(self._framed(lines))
         except IncompleteBody as error:
             run.report_broken(Reason.TRUNCATED, str(error))
         except HttpError as error:
@@ -67,6 +73,22 @@ class Relay:
         else:
             if not self._exchange.passed_on:
                 run.report_end(answer)
+
+    def _whole_lines(self, payload: bytes) -> bytes:
+        """Return what of a stream can go on: whole lines (events), so that a break never leaves half of one behind.
+
+        A server writes a line at once, so this delays nothing in practice; the rest follows with the answer's end.
+        """
+        data = self._tail + payload if self._tail else payload
+        n_kept = 0 if self._answer.ended else len(self._answer.watcher.partial)
+        if n_kept > _TAIL_BYTES_MAX:
+            n_kept = 0
+        self._is_line_open = n_kept == 0 and not self._answer.watcher.at_line_start
+        if n_kept == 0:
+            self._tail = b""
+            return data
+        self._tail = data[-n_kept:]
+        return data[:-n_kept]
 
     async def _write(self, data: bytes) -> None:
         at = self._client.write_nowait(data)
@@ -89,7 +111,7 @@ class Relay:
         if self._client.writing or not answer.streams or self._framing is Framing.LENGTH:
             return False  # the message cannot be completed: closing early is what tells the client
         if not answer.watcher.failed:  # else the server has told of the error itself
-            break_line = b"" if answer.watcher.at_line_start else b"\n"
+            break_line = b"\n\n" if self._is_line_open else b""
             tail = error_tail(self._exchange.request.shape, aborted, self._exchange.request.tag)
             await self._client.write(self._framed(break_line + tail))
         if self._framing is Framing.CHUNKED:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from collections import deque
 from collections.abc import Callable
 
 import anyio
-from anyio.abc import ByteStream
+from anyio.abc import ByteStream, SocketAttribute
 
 from lbcore.events import Reason
 from lbcore.ollama import Ending
@@ -40,6 +41,22 @@ class Connection:
         self.n_requests = 0
         self.idle_since_ns = 0
 
+    def is_quiet(self) -> bool:
+        """Tell whether nothing has come on an idle connection: no end, and no bytes that nobody asked for.
+
+        What a server sends unasked (a proxy's 408 before it closes, say) would be taken for the next request's answer.
+        """
+        sock = self.stream.extra(SocketAttribute.raw_socket, None)  # noqa: S610  not Django's
+        if sock is None:
+            return True
+        try:
+            sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
     def close(self) -> None:
         """Close at once."""
         close_now(self.stream)
@@ -66,7 +83,12 @@ class Endpoint:
     def pooled(self) -> Connection | None:
         """Return an idle connection, the one used last; None when there is none young enough."""
         self.sweep()
-        return self._idle.pop() if self._idle else None
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_quiet():
+                return connection
+            connection.close()
+        return None
 
     async def dial(self) -> Connection:
         """Connect. Raises ConnectError. How long that may take is the core's business."""
@@ -121,7 +143,7 @@ class Answer:
     def __init__(self, connection: Connection, head: ResponseHead, ending: Ending) -> None:
         self.connection = connection
         self.head = head
-        content_type = head.header(b"content-type") or b""
+        content_type = (head.header(b"content-type") or b"").lower()
         self.streams = head.status < 300 and content_type.startswith(_STREAM_TYPES)
         self.watcher = Watcher(ending if self.streams else Ending.FRAMING)
         self.held = bytearray()

@@ -47,7 +47,7 @@ def _judge_ndjson(line: bytes) -> Mark:
     return Mark.COMPLETE if value.get("done") is True or value.get("status") == "success" else Mark.NONE
 
 
-def _judge_sse(complete: tuple[bytes, ...], failed: bytes) -> Callable[[bytes], Mark]:
+def _judge_sse(complete: tuple[bytes, ...], failed: tuple[bytes, ...]) -> Callable[[bytes], Mark]:
     def judge(line: bytes) -> Mark:
         if line.startswith(complete):
             return Mark.COMPLETE
@@ -61,15 +61,19 @@ _FORMATS: Mapping[Ending, _Format] = {
     Ending.NDJSON_DONE: _NDJSON_DONE,
     Ending.NDJSON_SUCCESS: _Format(b"\n", re.compile(rb'"success"|"error"\s*:'), _judge_ndjson),
     Ending.SSE_DONE: _Format(
-        b"\n\n", re.compile(rb'\[DONE\]|"error"\s*:'), _judge_sse((b"data: [DONE]",), b'data: {"error":')
+        b"\n\n", re.compile(rb'\[DONE\]|"error"\s*:'), _judge_sse((b"data: [DONE]",), (b'data: {"error":',))
     ),
     Ending.RESPONSE_COMPLETED: _Format(
         b"\n\n",
         re.compile(rb"event: (?:response\.(?:completed|incomplete|failed)|error)"),
-        _judge_sse((b"event: response.completed", b"event: response.incomplete"), b"event: response.failed"),
+        _judge_sse(
+            (b"event: response.completed", b"event: response.incomplete"), (b"event: response.failed", b"event: error")
+        ),
     ),
     Ending.MESSAGE_STOP: _Format(
-        b"\n\n", re.compile(rb"event: (?:message_stop|error)"), _judge_sse((b"event: message_stop",), b"event: error")
+        b"\n\n",
+        re.compile(rb"event: (?:message_stop|error)"),
+        _judge_sse((b"event: message_stop",), (b"event: error",)),
     ),
 }
 
@@ -77,11 +81,11 @@ _FORMATS: Mapping[Ending, _Format] = {
 class Watcher:
     """Counts tokens and looks for the end of one stream."""
 
-    __slots__ = ("_format", "_partial", "at_line_start", "complete", "failed", "n_tokens")
+    __slots__ = ("_format", "at_line_start", "complete", "failed", "n_tokens", "partial")
 
     def __init__(self, ending: Ending) -> None:
         self._format = _FORMATS.get(ending)
-        self._partial = b""  # the beginning of a line whose rest has not come
+        self.partial = b""  # the beginning of a line (of an event) whose rest has not come
         self.n_tokens = 0
         self.complete = ending is Ending.FRAMING  # the terminator was seen, or none is needed
         self.failed = False  # an error was seen
@@ -90,16 +94,16 @@ class Watcher:
     def feed(self, data: bytes) -> int:
         """Take the next piece of the payload; return how many tokens ended in it."""
         form = self._format
-        if form is None:
+        if form is None or not data:
             return 0
-        whole = self._partial + data if self._partial else data
+        whole = self.partial + data if self.partial else data
         end = whole.rfind(form.separator) + len(form.separator)
         if end < len(form.separator):
-            self._partial = whole if len(whole) <= _LINE_BYTES_MAX else b""
+            self.partial = whole if len(whole) <= _LINE_BYTES_MAX else b""
             self.at_line_start = False
             return 0
-        self._partial = whole[end:]
-        self.at_line_start = not self._partial
+        self.partial = whole[end:]
+        self.at_line_start = not self.partial
         if form.suspicious.search(whole, 0, end) is not None:
             return self._inspect(form, whole[:end])
         n_tokens = whole.count(form.separator, 0, end)

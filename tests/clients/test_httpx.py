@@ -22,9 +22,12 @@ async def test_requests_share_a_connection() -> None:
 
 
 async def test_a_stream_line_by_line() -> None:
-    async with balanced(specs("a")) as rig, httpx.AsyncClient(base_url=rig.url) as client:
-        async with client.stream("POST", "/api/chat", json=chat()) as answer:
-            lines = [json.loads(line) async for line in answer.aiter_lines()]
+    async with (
+        balanced(specs("a")) as rig,
+        httpx.AsyncClient(base_url=rig.url) as client,
+        client.stream("POST", "/api/chat", json=chat()) as answer,
+    ):
+        lines = [json.loads(line) async for line in answer.aiter_lines()]
     assert [line["done"] for line in lines] == [False] * 8 + [True]
 
 

@@ -82,9 +82,10 @@ async def test_load_and_unload() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_unknown_model_is_a_response_error(stream: bool) -> None:
     def story(client: ollama.Client) -> None:
-        answer = client.chat("nosuch", HELLO, stream=stream)
         if stream:
-            list(answer)
+            list(client.chat("nosuch", HELLO, stream=True))
+        else:
+            client.chat("nosuch", HELLO)
 
     with pytest.raises(ollama.ResponseError, match="model 'nosuch' not found") as caught:
         await with_client(story)

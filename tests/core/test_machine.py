@@ -257,7 +257,9 @@ class Machine(RuleBasedStateMachine):
                 assert not better or command.server_id in before[name] | after[name] or self._dead(command), (
                     f"{command} lacks {name}, {better} have it"
                 )
-            retries = sum(a.kind is AttemptKind.RETRY for a in self.model.running.values())
+            retries = sum(
+                a.kind is AttemptKind.RETRY and a.request.committed is not a for a in ledger.attempts.values()
+            )
             if command.kind is AttemptKind.RETRY:
                 assert retries <= max(self.config.retry.budget_min, int(self.config.retry.budget * in_flight))
         assert set(self.model.running) == set(ledger.attempts), "the driver and the core disagree on what runs"

@@ -1,4 +1,4 @@
-"""What the tests of the whole I/O layer share: a fleet with a balancer in front of it, and scripted servers and clients."""
+"""What the tests of the whole I/O layer share: a fleet with a balancer before it, scripted servers, clients."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,8 @@ from lbio.service import Service, start
 from lbio.streams import SocketListener, SocketStream
 from simulator.fake_ollama import FakeModel, FakeSpec
 from simulator.serve import FakeServer, serve_fleet
-from tests.simulator.wire import Answer, ask, chat, connect, parse as parse_answer, request
+from tests.simulator.wire import Answer, ask, chat, connect, request
+from tests.simulator.wire import parse as parse_answer
 
 TINY = FakeModel("tiny", size_bytes=1_000_000)
 FAST = FakeSpec("a", models=(TINY,), start_loaded=("tiny",), first_token_ms=2, token_ms=0.5, load_ms=5, tokens=8)

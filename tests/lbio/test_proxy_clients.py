@@ -14,7 +14,7 @@ from tests.lbio.sockets_kit import until
 from tests.simulator.wire import parse, request
 
 pytestmark = pytest.mark.anyio
-ONE_RACER = {"race": {"racers_max": 1}}
+ONE_RACER: dict[str, Any] = {"race": {"racers_max": 1}}
 
 
 @pytest.fixture
@@ -49,6 +49,7 @@ async def test_a_client_that_leaves_before_the_first_token_frees_the_server() ->
         assert rig.n_requests == 0
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
 async def test_a_client_that_leaves_mid_stream_frees_the_server() -> None:
     async with balanced(specs("a", token_ms=20, tokens=500)) as rig:
         healths = rig.healths()

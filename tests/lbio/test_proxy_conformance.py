@@ -102,7 +102,7 @@ async def test_same_as_recorded(name: str) -> None:
 
 async def test_a_stream_comes_line_by_line() -> None:
     capture = load("chat_stream_warm")
-    slow = dataclasses.replace(WARM, token_ms=4)
+    slow = dataclasses.replace(WARM, token_ms=25)
     with anyio.fail_after(LIMIT_S):
         async with balanced([slow]) as rig:
             ours = parse(await rig.exchange([capture.request]))

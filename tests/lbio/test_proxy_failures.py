@@ -19,6 +19,7 @@ SHORT: dict[str, Any] = {
     "race": {"racers_max": 1, "hedges_max": 1, "hedge_delay_min": "10s", "hedge_delay_initial": "10s"},
     "health": {"resurrect": 0.0},
 }
+WHOLE = b'{"done":true}'
 EARLY = [kind for kind in FaultKind if kind not in BREAKS | {FaultKind.CRAWL, FaultKind.FLAP}]
 
 
@@ -49,6 +50,7 @@ async def other_than(rig: Rig, name: str) -> None:
 # --- before the commit -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
 @pytest.mark.parametrize("kind", EARLY)
 async def test_a_failure_before_the_first_token_is_invisible(kind: FaultKind) -> None:
     async with balanced(specs("bad", "good"), **SHORT) as rig:
@@ -256,7 +258,7 @@ async def test_with_every_server_unreachable_the_error_names_them() -> None:
 
 
 async def test_when_the_queue_is_full_it_is_a_503_that_says_when_to_come_back() -> None:
-    full = {"queue": {"length_max": 1}, "server": {"in_flight_max": 1}}
+    full: dict[str, Any] = {"queue": {"length_max": 1}, "server": {"in_flight_max": 1}}
     async with balanced(specs("a", first_token_ms=300), **full) as rig, anyio.create_task_group() as tasks:
         tasks.start_soon(rig.chat)
         tasks.start_soon(rig.chat)
@@ -268,7 +270,7 @@ async def test_when_the_queue_is_full_it_is_a_503_that_says_when_to_come_back() 
 
 
 async def test_who_waits_too_long_in_the_queue_gets_503() -> None:
-    full = {"queue": {"timeout": "50ms"}, "server": {"in_flight_max": 1}}
+    full: dict[str, Any] = {"queue": {"timeout": "50ms"}, "server": {"in_flight_max": 1}}
     async with balanced(specs("a", first_token_ms=400), **full) as rig, anyio.create_task_group() as tasks:
         tasks.start_soon(rig.chat)
         await until(lambda: rig.n_requests == 1)
@@ -290,3 +292,17 @@ async def test_who_waits_in_the_queue_is_served_in_the_end() -> None:
                     tasks.start_soon(one)
         assert [answer.status for answer in answers] == [200] * 5
         assert rig.fleet[0].stats.concurrent_max == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_web_page_is_no_answer_to_a_chat(stream: bool) -> None:
+    async with scripted(2, **SHORT) as (rig, (bad, good)):
+        bad.pieces = [b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 13\r\n\r\n<html></html>"]
+        if not stream:
+            good.pieces = [b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 13\r\n\r\n" + WHOLE]
+        for _ in range(6):
+            answer = await rig.chat(stream=stream)
+            assert by(answer) == "s1"
+            if bad.heads:
+                break
+        assert bad.heads

@@ -46,7 +46,7 @@ async def stream_through_shutdown(*, token_ms: float, drain: str) -> bytes:
 
     fakes = specs("a", token_ms=token_ms, tokens=10)
     with anyio.fail_after(LIMIT_S):
-        async with serve_fleet(fakes) as (fake,), anyio.create_task_group() as tasks:
+        async with serve_fleet(fakes) as (fake,), anyio.create_task_group() as tasks:  # noqa: SIM117
             async with before([{"url": fake.url, "name": "a"}], drain_timeout=drain) as service:
                 tasks.start_soon(ask_and_read, service.url)
                 await begun.wait()

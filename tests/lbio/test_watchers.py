@@ -1,5 +1,6 @@
 """A watcher counts tokens and finds the end or the error of a stream, however it was cut up."""
 
+import itertools
 import json
 
 import pytest
@@ -34,7 +35,8 @@ def quoted(text: str) -> bytes:
     return json.dumps({"message": {"content": text}, "done": False}).encode() + b"\n"
 
 
-TRICK = b'{"message":{"tool_calls":[{"function":{"arguments":{"done":true,"error":"x","status":"success"}}}]},"done":false}\n'
+ARGUMENTS = b'{"done":true,"error":"x","status":"success"}'
+TRICK = b'{"message":{"tool_calls":[{"function":{"arguments":%s}}]},"done":false}\n' % ARGUMENTS
 
 STORIES: list[tuple[str, Ending, bytes, Verdict]] = [
     ("nothing", CHAT, b"", (False, False, 0)),
@@ -85,7 +87,7 @@ def test_any_split_gives_the_same_verdict_and_count(data: st.DataObject) -> None
     payload = b"".join(data.draw(st.lists(st.sampled_from([d for _, e, d, _ in STORIES if e is ending]), max_size=5)))
     points = data.draw(st.lists(st.integers(0, len(payload)), max_size=6))
     places = sorted({0, len(payload), *points})
-    pieces = [payload[a:b] for a, b in zip(places, places[1:], strict=False)]
+    pieces = [payload[a:b] for a, b in itertools.pairwise(places)]
     assert watched(ending, *pieces) == watched(ending, payload)
 
 
@@ -124,7 +126,7 @@ def test_a_line_without_end_is_not_kept_without_bound() -> None:
     watcher = Watcher(CHAT)
     for _ in range(10):
         watcher.feed(b"x" * (1 << 20))
-    assert len(watcher._partial) <= 5 << 20
+    assert len(watcher.partial) <= 5 << 20
 
 
 def test_a_very_long_last_line_is_still_an_end() -> None:
