@@ -26,6 +26,7 @@ from lbio.upstream import Answer, ConnectError, Connection, Endpoint, read_respo
 _JOIN_BYTES_MAX = 65536  # a head and a body up to this size are sent at once
 _DETAIL_CHARS_MAX = 200
 _NOT_FOUND = re.compile(rb'"model[^{}]{0,300}not found|not found, try pulling')
+_MODEL_OUTPUT = (b"application/x-ndjson", b"application/json", b"text/event-stream")
 _ELSEWHERE = frozenset({401, 403, 407, 408, 425, 429})
 
 
@@ -153,7 +154,12 @@ class AttemptRun:
         if head is None or connection is None:
             self._fail(Reason.RESET, "")
             return
-        self.answer = Answer(connection, head, self.exchange.request.route.ending)
+        route = self.exchange.request.route
+        if route.generates and head.status < 300 and not _is_model_output(head):
+            # such as the page of a captive portal, which would win every race
+            self._fail(Reason.GARBAGE, f"it is {(head.header(b'content-type') or b'of no type').decode('latin-1')}")
+            return
+        self.answer = Answer(connection, head, route.ending)
         try:
             await self._read(self.answer)
         except IncompleteBody as error:
@@ -262,6 +268,10 @@ class AttemptRun:
         if not self._reported:
             self._reported = True
             self._core.dispatch(AttemptFailed(self.attempt_id, reason, status, detail, answered=answered))
+
+
+def _is_model_output(head: ResponseHead) -> bool:
+    return (head.header(b"content-type") or b"").lower().startswith(_MODEL_OUTPUT)
 
 
 def _shortened(body: bytes | bytearray) -> str:
