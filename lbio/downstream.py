@@ -18,7 +18,7 @@ from lbio.admin import Admin
 from lbio.bodies import read_facts
 from lbio.client import ClientGone, ClientStream
 from lbio.driver import Driver
-from lbio.exchange import ClientRequest, Exchange
+from lbio.exchange import ClientRequest, Exchange, head_parts
 from lbio.headers import upstream_headers
 from lbio.http1 import Framing, HeaderPairs, HttpError, RequestHead, parse_request_head, serialize_response
 from lbio.local import NEEDS_SERVERS, LocalAnswer, answer_route, error_answer, preliminary_answer
@@ -174,7 +174,10 @@ class ClientConnection:
 
     async def _forward(self, head: RequestHead, body: bytes) -> bool:
         """Let the core decide who answers, and relay that; a client that leaves ends it at once."""
-        request = self._client_request(head, body)
+        try:
+            request = self._client_request(head, body)
+        except ValueError as error:
+            return await self._respond(error_answer(shape_of(head.path), 400, f"illegal header: {error}"), head)
         exchange = self._driver.open(request)
         keep = False
         try:
@@ -199,7 +202,8 @@ class ClientConnection:
         route = find_route(head.path)
         facts = read_facts(route, head.method, body)
         headers = upstream_headers(head, len(body), self._client.peer, self._driver.app.proxy.forwarded)
-        return ClientRequest(number, tag, head, route, shape_of(head.path), facts, body, headers)
+        parts = head_parts(head, headers)
+        return ClientRequest(number, tag, head, route, shape_of(head.path), facts, body, parts)
 
     async def _relay(self, exchange: Exchange) -> bool:
         request = exchange.request

@@ -26,11 +26,22 @@ class ClientRequest:
     shape: Shape
     facts: BodyFacts
     body: bytes
-    headers: Headers  # as servers get them, but for `Host`
+    head_parts: tuple[bytes, bytes]  # as servers get it: what stands before and after the value of `Host`
 
     def head_for(self, authority: bytes) -> bytes:
-        """Return the request head for one server. Raises ValueError for what must not be written."""
-        return serialize_request(self.head.method, self.head.target, [(b"Host", authority), *self.headers])
+        """Return the request head for one server."""
+        before, after = self.head_parts
+        return before + authority + after
+
+
+def head_parts(head: RequestHead, headers: Headers) -> tuple[bytes, bytes]:
+    """Return the head that servers get, written and checked once for all of them, in two parts around their names.
+
+    Raises ValueError for what must not be written.
+    """
+    written = serialize_request(head.method, head.target, [(b"Host", b"-"), *headers])
+    before, _, after = written.partition(b"\r\nHost: -\r\n")
+    return before + b"\r\nHost: ", b"\r\n" + after
 
 
 class Exchange:
