@@ -72,7 +72,7 @@ class Attempts:
         request = attempt.request
         if request.stream:
             self._ledger.expect_by(attempt, now_ns + self._config.timeouts.silence_ns)
-        if race.rule_of(request) is Winner.MOST_TOKENS and not self._timers.is_armed(TimerKind.MEASURE, request.id):
+        if request.rule is Winner.MOST_TOKENS and not self._timers.is_armed(TimerKind.MEASURE, request.id):
             self._timers.arm(TimerKind.MEASURE, request.id, now_ns + self._config.race.measure_ns)
         self._settle(request, now_ns)
 
@@ -104,7 +104,7 @@ class Attempts:
     def _commit(self, request: Request, winner: Attempt, now_ns: int) -> None:
         self._ledger.commit(request, winner)
         self._out.append(CommitAttempt(request.id, winner.id))
-        rule = race.rule_of(request) if len(request.attempts) > 1 else "the only one"
+        rule = request.rule if len(request.attempts) > 1 else "the only one"
         self._ledger.record(
             Decision.COMMITTED, request, rule, server=winner.server.name, took_ns=now_ns - request.arrived_ns
         )

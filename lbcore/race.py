@@ -12,11 +12,6 @@ from lbcore.states import AttemptState
 _ANSWERING = (AttemptState.STREAMING, AttemptState.SUCCEEDED)
 
 
-def rule_of(request: Request) -> Winner:
-    """Return the winner rule in force: an answer that is not streamed has no first token to go by."""
-    return request.route.winner if request.stream else Winner.FIRST_FINISH
-
-
 def winner_now(request: Request, *, window_over: bool = False) -> Attempt | None:
     """Return the attempt to commit now, or None to wait.
 
@@ -29,7 +24,7 @@ def winner_now(request: Request, *, window_over: bool = False) -> Attempt | None
     for attempt in runners:
         if attempt.state is AttemptState.SUCCEEDED or attempt.full:
             return attempt
-    rule = rule_of(request)
+    rule = request.rule
     if rule is Winner.FIRST_TOKEN:
         return min(runners, key=_first_token)
     alone = request.stream and len(request.live_attempts) == 1

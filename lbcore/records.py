@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from lbcore.commands import AttemptKind
-from lbcore.config import RouteSettings, ServerSettings
+from lbcore.config import RouteSettings, ServerSettings, Winner
 from lbcore.events import ActiveModel, ModelInfo, Reason, RequestArrived
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.states import ATTEMPT_ENDS, AttemptState, Reliability, RequestState, ServerState
@@ -296,6 +296,7 @@ class Request:
         "live_attempts",
         "model",
         "route",
+        "rule",
         "runner_key",
         "state",
         "stream",
@@ -308,6 +309,8 @@ class Request:
         self.model = model  # canonical
         self.kind = event.kind
         self.stream = event.stream
+        # an answer that is not streamed has no first token to go by
+        self.rule = route.winner if event.stream else Winner.FIRST_FINISH
         self.generates = event.generates
         self.runner_key = event.runner_key
         self.route = route
