@@ -72,9 +72,15 @@ class Attempts:
         request = attempt.request
         if request.stream:
             self._ledger.expect_by(attempt, now_ns + self._config.timeouts.silence_ns)
-        if request.rule is Winner.MOST_TOKENS and not self._timers.is_armed(TimerKind.MEASURE, request.id):
-            self._timers.arm(TimerKind.MEASURE, request.id, now_ns + self._config.race.measure_ns)
+        if request.rule is Winner.MOST_TOKENS:
+            self._open_window(request, self._config.race.measure_ns, now_ns)
+        elif attempt.server.reliability is Reliability.UNRELIABLE:
+            self._open_window(request, self._config.race.hedge_delay_initial_ns, now_ns)
         self._settle(request, now_ns)
+
+    def _open_window(self, request: Request, length_ns: int, now_ns: int) -> None:
+        if not self._timers.is_armed(TimerKind.MEASURE, request.id):
+            self._timers.arm(TimerKind.MEASURE, request.id, now_ns + length_ns)
 
     def on_buffer_filled(self, event: events.BufferFilled, now_ns: int) -> None:
         """No more of this answer can be held: it is the winner if there is none yet."""
@@ -278,6 +284,7 @@ class Attempts:
             server=server.name,
         )
         self._fail_server(server, failure, now_ns)
+        self._requests.rescue(server, now_ns)
 
     def _after_failure(self, request: Request, reason: Reason, now_ns: int) -> None:
         """Go on after an attempt failed before the commit: wait for the others, ask the next server, or give up."""

@@ -14,7 +14,7 @@ from lbcore.config import Config, Strategy
 from lbcore.fleet import Fleet
 from lbcore.ollama import RequestKind
 from lbcore.records import Request, Server
-from lbcore.states import ServerState
+from lbcore.states import Reliability, ServerState
 
 _MANY = frozenset({Strategy.RACE, Strategy.HEDGE})
 
@@ -91,12 +91,13 @@ class Placement:
     def hedge(self, request: Request, now_ns: int) -> Server | None:
         """Return one more server to ask.
 
-        One without an idle slot, and outside the race budget, only when every server asked so far is dead or in doubt.
+        One without an idle slot, and outside the race budget, only when every server asked so far is dead, doubted or
+        unreliable.
         """
         candidates = [
             s for s in selection.eligible(self._fleet.holders(request.model), request) if selection.has_room(s, request)
         ]
-        hopeless = all(not a.server.is_alive or a.server.doubted for a in request.live_attempts)
+        hopeless = all(_is_in_doubt(attempt.server) for attempt in request.live_attempts)
         usable = [s for s in candidates if selection.is_ready(s, request)] or (candidates if hopeless else [])
         if not usable or not (hopeless or self.race_budget.spend()):
             return None
@@ -123,6 +124,10 @@ class Placement:
             and not request.has_tried(s)
             and (request.model is None or s.has(request.model))
         ]
+
+
+def _is_in_doubt(server: Server) -> bool:
+    return not server.is_alive or server.doubted or server.reliability is Reliability.UNRELIABLE
 
 
 def _is_trusted_and_ready(server: Server, request: Request, now_ns: int) -> bool:

@@ -7,7 +7,7 @@ from lbcore.events import Reason
 from lbcore.health import TIMEOUTS
 from lbcore.ollama import model_not_found
 from lbcore.records import Attempt, ModelStats, Request
-from lbcore.states import AttemptState
+from lbcore.states import AttemptState, Reliability
 
 _ANSWERING = (AttemptState.STREAMING, AttemptState.SUCCEEDED)
 
@@ -21,6 +21,12 @@ def winner_now(request: Request, *, window_over: bool = False) -> Attempt | None
     runners = [a for a in request.attempts if a.first_token_ns is not None and not a.detached and a.state in _ANSWERING]
     if not runners:
         return None
+    if (
+        not window_over
+        and all(a.server.reliability is Reliability.UNRELIABLE for a in runners)
+        and _has_better(request)
+    ):
+        return None  # streams broke there since it was asked: for a moment, another may still be first
     for attempt in runners:
         if attempt.state is AttemptState.SUCCEEDED or attempt.full:
             return attempt
@@ -31,6 +37,10 @@ def winner_now(request: Request, *, window_over: bool = False) -> Attempt | None
     if rule is Winner.MOST_TOKENS and (window_over or alone):
         return min(runners, key=_fewest_tokens_last)
     return runners[0] if alone else None
+
+
+def _has_better(request: Request) -> bool:
+    return any(a.server.reliability is not Reliability.UNRELIABLE for a in request.live_attempts)
 
 
 def _first_token(attempt: Attempt) -> tuple[int, int]:

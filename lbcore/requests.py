@@ -216,7 +216,7 @@ class Requests:
         self._ledger.end(request, given, decision, why, now_ns, server=answered.server.name)
 
     def rescue(self, server: Server, now_ns: int) -> None:
-        """A server died: ask another for every request that waits for it alone."""
+        """A server died or broke a stream: ask another for every request that waits for it alone."""
         for attempt in [a for a in self._ledger.attempts.values() if a.server is server and not a.detached]:
             request = attempt.request
             if (
@@ -224,7 +224,7 @@ class Requests:
                 and request.kind is RequestKind.GENERATE
                 and request.live_attempts == [attempt]
             ):
-                self._hedge(request, f"{server.name} died", now_ns)
+                self._hedge(request, f"{server.name} has failed", now_ns)
 
     def _reject(self, request: Request, status: int, message: str, now_ns: int, *, retry_after: int = 0) -> None:
         self._out.append(RejectRequest(request.id, status, message, retry_after))

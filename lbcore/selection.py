@@ -1,9 +1,10 @@
 """Who is asked, and in which order (pure; the random generator is passed in).
 
 Candidates are ranked by the first-token time to be expected of them, in steps of a factor of two, and sampled within a
-rank by health: weighted sampling without replacement over all of them (Efraimidis & Spirakis 2006, in its
-exponential form). So a server that is a little slower keeps its share, and one that is far slower, must load the
-model first or has a queue is asked when the others cannot.
+rank by health: weighted sampling without replacement over all of them (Efraimidis & Spirakis 2006, in its exponential
+form). A server's weight is shared by what is in flight on it, or the healthiest would get all until it is full. So a
+server that is a little slower keeps its share, and one that is far slower, must load the model first or has a queue is
+asked when the others cannot.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from lbcore.config import Config, Policy
 from lbcore.records import LOAD_UNKNOWN_NS, SERVICE_UNKNOWN_NS, TTFT_UNKNOWN_NS, Request, Server, ServerModel
 from lbcore.states import Reliability
 
-_DOUBT_RANKS = 2  # a doubted server counts as four times slower than it looks
 _LAST_RANKS = 1000  # behind all others, in the same order among themselves
 _WEIGHT_MIN = 1e-6  # of a server that has never been alive
 
@@ -92,11 +92,9 @@ def order(candidates: Sequence[Server], request: Request, config: Config, rng: R
     keys: list[tuple[int, float, int]] = []
     for i, rank in enumerate(_ranks(candidates, request, config, now_ns)):
         server = candidates[i]
-        if server.doubted:
-            rank += _DOUBT_RANKS  # noqa: PLW2901
         if server.reliability is not Reliability.RELIABLE and is_passed_over(server, now_ns):
             rank += _LAST_RANKS  # noqa: PLW2901
-        keys.append((rank, -log(1.0 - draw()) / (server.health or _WEIGHT_MIN), i))
+        keys.append((rank, -log(1.0 - draw()) * (1 + server.in_flight) / (server.health or _WEIGHT_MIN), i))
     keys.sort()
     return [candidates[key[2]] for key in keys]
 
