@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lbcore import events
-from lbcore.commands import AbortRequest, AttemptKind, CancelAttempt, CommitAttempt, Decision, PassAnswer
+from lbcore.commands import AbortRequest, AttemptKind, CancelAttempt, CommitAttempt, Decision, PassAnswer, StartAttempt
 from lbcore.config import Winner
 from lbcore.errors import UnknownEventError
 from lbcore.events import Reason
@@ -124,18 +124,16 @@ def test_what_cannot_be_held_any_more_wins() -> None:
 
 def test_races_lost_without_a_byte_lead_to_a_probe_and_no_more_lonely_choices() -> None:
     book = fleet("a b", factor=1, race=PAIR, health=HealthSettings(losses_max=3, resurrect=0.0))
+    loser_id = book.server("b").id
     for i in range(1, 4):
         book >> arrival(i)
-        pair = {book.server(name).id: name for name in "ab"}
-        started = book.skip()
-        loser = next(c for c in started if pair[c.server_id] == "b")  # type: ignore[union-attr]
-        winner = next(c for c in started if pair[c.server_id] == "a")  # type: ignore[union-attr]
-        for event in (events.AttemptConnected, events.FirstTokenReceived):
-            if event is events.FirstTokenReceived:
-                book >> events.HeadReceived(winner.attempt_id, 200)  # type: ignore[union-attr]
-            book.after(50) >> event(winner.attempt_id)  # type: ignore[union-attr]
-        assert CancelAttempt(loser.attempt_id, Reason.LOST_RACE) in book.skip()  # type: ignore[union-attr]
-        book >> events.StreamEnded(winner.attempt_id)  # type: ignore[union-attr]
+        started = [command for command in book.skip() if isinstance(command, StartAttempt)]
+        (loser,) = [command.attempt_id for command in started if command.server_id == loser_id]
+        (winner,) = [command.attempt_id for command in started if command.server_id != loser_id]
+        book.after(50) >> events.AttemptConnected(winner) >> events.HeadReceived(winner, 200)
+        book >> events.FirstTokenReceived(winner)
+        assert CancelAttempt(loser, Reason.LOST_RACE) in book.skip()
+        book >> events.StreamEnded(winner)
     assert book.server("b").doubted
     assert book.server("b").probe_id
     floor_ns = book.model("b").floor_ns
