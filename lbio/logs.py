@@ -19,6 +19,7 @@ _log = logging.getLogger("ollama_lb")
 
 def set_up(settings: LogSettings) -> None:
     """Send what is logged to standard error, in the format and from the level asked for."""
+    logging.raiseExceptions = False  # a log that cannot be written (a closed pipe, a full disk) is no reason to stop
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if settings.format is LogFormat.JSON else _TextFormatter())
     root = logging.getLogger()
@@ -30,9 +31,12 @@ class _TextFormatter(logging.Formatter):
     """`12:34:56.789 WARNING what happened`; the usual level is left out."""
 
     def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if not message.isprintable():  # names come from clients, and must not forge lines
+            message = message.encode("unicode_escape").decode()
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         level = "" if record.levelno == logging.INFO else f"{record.levelname} "
-        return f"{clock}.{int(record.msecs):03d} {level}{record.getMessage()}"
+        return f"{clock}.{int(record.msecs):03d} {level}{message}"
 
 
 class _JsonFormatter(logging.Formatter):

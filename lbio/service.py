@@ -59,7 +59,8 @@ async def _main(app: AppConfig, fleet: FleetFactory | None) -> int:
         except OSError as error:
             _log.error("cannot start: %s", error)
             return 1
-        _greet(service, demo=fleet is not None)
+        with contextlib.suppress(OSError):  # nobody may be reading standard output
+            _greet(service, demo=fleet is not None)
         await _until_told(service, signals)
     return 0
 
