@@ -21,15 +21,14 @@ def winner_now(request: Request, *, window_over: bool = False) -> Attempt | None
     runners = [a for a in request.attempts if a.first_token_ns is not None and not a.detached and a.state in _ANSWERING]
     if not runners:
         return None
-    if (
-        not window_over
-        and all(a.server.reliability is Reliability.UNRELIABLE for a in runners)
-        and _has_better(request)
-    ):
-        return None  # streams broke there since it was asked: for a moment, another may still be first
     for attempt in runners:
         if attempt.state is AttemptState.SUCCEEDED or attempt.full:
             return attempt
+    trusted = [a for a in runners if a.server.reliability is not Reliability.UNRELIABLE]
+    if trusted:
+        runners = trusted
+    elif not window_over and _has_better(request):
+        return None  # streams broke there since it was asked: for a moment, another may still be first
     rule = request.rule
     if rule is Winner.FIRST_TOKEN:
         return min(runners, key=_first_token)

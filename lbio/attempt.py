@@ -62,6 +62,7 @@ class AttemptRun:
         "_connection",
         "_core",
         "_head_bytes_max",
+        "_left",
         "_reported",
         "_scope",
         "answer",
@@ -91,6 +92,7 @@ class AttemptRun:
         self._scope = anyio.CancelScope()
         self._connection: Connection | None = None
         self._reported = False  # its end was told to the core
+        self._left = anyio.Event()  # the task reads no more
 
     def __repr__(self) -> str:
         return f"<AttemptRun {self.attempt_id} on {self.endpoint.name}{' chosen' if self.chosen else ''}>"
@@ -125,8 +127,16 @@ class AttemptRun:
             except Exception as error:  # noqa: BLE001  one attempt must not end the program
                 log_defect(error)
                 self._fail(Reason.GARBAGE, f"{type(error).__name__} in the load balancer")
+        self._left.set()
         if not self.chosen:
             self.retire()
+
+    async def hand_over(self) -> None:
+        """Return when the task of the attempt reads no more, so that its chooser can.
+
+        It may have been chosen by another's event, while it was waiting for the next piece.
+        """
+        await self._left.wait()
 
     def retire(self) -> None:
         """Give the connection back if it can carry another request, close it if not; harmless when done before."""

@@ -59,6 +59,7 @@ class Relay:
 
     async def _pump(self) -> None:
         answer, run, core = self._answer, self._run, self._core
+        await run.hand_over()
         try:
             while not answer.ended:
                 payload = await answer.read()

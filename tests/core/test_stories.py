@@ -404,3 +404,16 @@ def test_decisions_say_who_won_after_how_long_and_why() -> None:
     book << decision(Decision.COMMITTED, server="a", why="first-token", took_ns=50 * MS_NS)
     book.ends(first)
     book << decision(Decision.HEALTH, server="a", before="1.00", after="5.00", why="won a race")
+
+
+def test_a_first_token_from_a_server_that_broke_streams_meanwhile_waits_a_moment_for_another() -> None:
+    book = fleet("a b", a={"slots": 4}, race=PAIR)
+    streaming, loser = book.race(1)
+    book.token(streaming) << CommitAttempt(1, streaming.id) << lost(loser)
+    first, second = book.race(2)
+    book >> events.AttemptFailed(streaming.id, Reason.TRUNCATED)
+    book.skip()
+    book.sync("a")
+    book.token(first).done()  # a is not trusted now
+    book.token(second) << CommitAttempt(2, second.id) << lost(first)
+    book.ends(second)

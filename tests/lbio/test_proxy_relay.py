@@ -48,6 +48,17 @@ async def test_the_faster_of_two_wins_and_the_loser_is_closed_at_once() -> None:
         assert slow.tokens_generated == 0
 
 
+@pytest.mark.parametrize("winner", ["most-tokens", "first-finish"])
+async def test_a_winner_that_is_chosen_while_it_streams_arrives_whole(winner: str) -> None:
+    fleet = [*specs("early", first_token_ms=10, token_ms=20), *specs("busy", first_token_ms=30, token_ms=2)]
+    race = {**RACE, "winner": winner, "measure": "60ms"}
+    async with balanced(fleet, race=race) as rig:
+        answer = await rig.chat(options={"num_predict": 60})
+        assert (answer.header("X-Ollama-LB-Server"), answer.complete) == ("busy", True)
+        assert answer.body.count(b'"done":false') == 60
+        assert answer.body.count(b'"done":true') == 1
+
+
 async def test_the_losers_connection_is_closed_within_milliseconds() -> None:
     fleet = [*specs("slow", first_token_ms=2000), *specs("fast", first_token_ms=50, token_ms=20)]
     async with balanced(fleet, race=RACE) as rig, anyio.create_task_group() as tasks:
