@@ -98,7 +98,8 @@ class Placement:
             s for s in selection.eligible(self._fleet.holders(request.model), request) if selection.has_room(s, request)
         ]
         hopeless = all(_is_in_doubt(attempt.server) for attempt in request.live_attempts)
-        usable = [s for s in candidates if selection.is_ready(s, request)] or (candidates if hopeless else [])
+        ready = [s for s in candidates if selection.is_ready(s, request) and not selection.is_passed_over(s, now_ns)]
+        usable = ready or (candidates if hopeless else [])
         if not usable or not (hopeless or self.race_budget.spend()):
             return None
         return self.order(usable, request, now_ns)[0]

@@ -54,9 +54,10 @@ def is_ready(server: Server, request: Request) -> bool:
 
 def is_passed_over(server: Server, now_ns: int) -> bool:
     """Tell whether others go first, since streams broke here: until its time has come, and while its chance runs."""
-    if server.reliability is Reliability.UNRELIABLE:
-        return now_ns < server.trusted_from_ns
-    return server.reliability is Reliability.SECOND_CHANCE and server.in_flight > 0
+    if server.reliability is Reliability.RELIABLE:
+        return False
+    running = server.reliability is Reliability.SECOND_CHANCE and server.in_flight > 0
+    return running or now_ns < server.trusted_from_ns
 
 
 def faded_ns(record: ServerModel, best_ns: float, now_ns: int, forget_ns: int) -> float:

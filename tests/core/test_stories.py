@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lbcore import events
+from lbcore import events, selection
 from lbcore.commands import AbortRequest, AttemptKind, CancelAttempt, CommitAttempt, Decision, PassAnswer, StartAttempt
 from lbcore.config import Winner
 from lbcore.errors import UnknownEventError
@@ -417,3 +417,18 @@ def test_a_first_token_from_a_server_that_broke_streams_meanwhile_waits_a_moment
     book.token(first).done()  # a is not trusted now
     book.token(second) << CommitAttempt(2, second.id) << lost(first)
     book.ends(second)
+
+
+def test_a_distrusted_server_is_no_hedge_and_a_chance_cut_short_is_no_trust() -> None:
+    book = fleet("a b", race=RaceSettings(racers_max=1, hedge_delay_initial_ns=SECOND_NS))
+    only = book.alone(1, "a")
+    book.token(only) << CommitAttempt(1, only.id)
+    book >> events.AttemptFailed(only.id, Reason.TRUNCATED)
+    book.skip()
+    book.sync("a")
+    book.alone(2, "b")
+    book.after(1500).done()  # no hedge to a
+    book.server("a").reliability = Reliability.SECOND_CHANCE  # as if it had been chosen, and cancelled
+    assert selection.is_passed_over(book.server("a"), book.now_ns)
+    book >> events.DownstreamClosed(2)
+    book.skip()
