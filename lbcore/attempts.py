@@ -90,8 +90,17 @@ class Attempts:
             attempt.last_chunk_ns = now_ns
             if attempt.first_token_ns is None:  # one token alone is larger than what may be held
                 self._ledger.mark_first_token(attempt, now_ns)
+            if attempt.detached:
+                self._ledger.cancel(attempt, Reason.LOST_RACE, "its model is loaded now", now_ns)
+                return
             self._ledger.expect_by(attempt, now_ns + self._config.timeouts.silence_ns)
             self._settle(attempt.request, now_ns)
+
+    def end_loads(self, server: Server, now_ns: int) -> None:
+        """Cancel what goes on for the sake of a load alone, now that the server lists the model as loaded."""
+        for attempt in [a for a in self._ledger.attempts.values() if a.detached and a.server is server]:
+            if attempt.target is not None and attempt.target.active is not None:
+                self._ledger.cancel(attempt, Reason.LOST_RACE, "its model is loaded now", now_ns)
 
     def on_measure_timer(self, request_id: int, now_ns: int) -> None:
         """The window in which tokens are counted is over."""
@@ -268,7 +277,7 @@ class Attempts:
         was_alive = server.is_alive
         self._fleet.fail(server, failure, now_ns)
         if was_alive and not server.is_alive:
-            self._requests.rescue(server, now_ns)
+            self._requests.rescue_from(server, now_ns)
 
     def _break_stream(self, attempt: Attempt, failure: Failure, now_ns: int) -> None:
         """End a committed stream that broke; a RESUME attempt elsewhere would be started here."""
@@ -284,7 +293,7 @@ class Attempts:
             server=server.name,
         )
         self._fail_server(server, failure, now_ns)
-        self._requests.rescue(server, now_ns)
+        self._requests.rescue_from(server, now_ns)
 
     def _after_failure(self, request: Request, reason: Reason, now_ns: int) -> None:
         """Go on after an attempt failed before the commit: wait for the others, ask the next server, or give up."""
@@ -293,6 +302,7 @@ class Attempts:
             return
         if request.live_attempts:
             self._settle(request, now_ns)
+            self._requests.rescue(request, "what is left is in doubt", now_ns)
             return
         may_go_elsewhere = reason in UNDONE if request.kind is RequestKind.MANAGE else not _is_refused(request)
         if may_go_elsewhere and self._requests.retry(request, now_ns):

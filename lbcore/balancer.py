@@ -119,6 +119,7 @@ class LoadBalancer:
     def _use_room(self, now_ns: int) -> None:
         """Look at the queue, since an attempt has ended or a server has changed."""
         self.ledger.room_made = False
+        self._requests.rescue_stuck(now_ns)
         if len(self.ledger.queue):
             self._requests.serve_queue(now_ns)
 
@@ -136,11 +137,13 @@ class LoadBalancer:
 
     def _after_failed_probe(self, server: Server, now_ns: int) -> None:
         if not server.is_alive:
-            self._requests.rescue(server, now_ns)
+            self._requests.rescue_from(server, now_ns)
         self.ledger.room_made = True  # what waited for this probe waits no longer
 
     def _on_models_synced(self, event: events.ModelsSynced, now_ns: int) -> None:
-        self.fleet.on_models_synced(event, now_ns)
+        server = self.fleet.on_models_synced(event, now_ns)
+        if server is not None:
+            self._attempts.end_loads(server, now_ns)
         self.ledger.room_made = True
 
     def _on_server_added(self, event: events.ServerAdded, now_ns: int) -> None:

@@ -146,6 +146,7 @@ class Fleet:
             given is ReliabilityInput.BROKE and server.reliability is not Reliability.UNRELIABLE
         ):  # streams break together
             server.breaks += 1
+        if given is ReliabilityInput.BROKE:
             server.trusted_from_ns = now_ns + distrust_ns(server.breaks, self._config.health)
         before, server.reliability = server.reliability, step_reliability(server.reliability, given)
         if server.reliability is Reliability.RELIABLE:
@@ -211,6 +212,8 @@ class Fleet:
 
     def lacks(self, server: Server, model: str, now_ns: int) -> None:
         """A server said that it does not have a model: correct the catalog, and read it anew."""
+        if not server.has(model):
+            return  # as was thought: nothing to correct
         record = server.model(model)
         record.available = record.active = None
         record.loaded = False
@@ -307,7 +310,7 @@ class Fleet:
     def on_models_synced(self, event: ModelsSynced, now_ns: int) -> Server | None:
         """Take what a server holds. A dead server is revived at 1.0; a health that was earned is left alone."""
         server = self.servers.get(event.server_id)
-        if server is None or server.state is ServerState.DRAINING or event.probe_id != server.last_probe_id:
+        if server is None or server.state is ServerState.DRAINING or not 0 < event.probe_id == server.last_probe_id:
             return None
         first = server.last_sync_ns is None
         server.last_sync_ns = now_ns

@@ -11,6 +11,7 @@ from random import Random
 from lbcore import selection
 from lbcore.admission import RaceBudget
 from lbcore.config import Config, Strategy
+from lbcore.events import Reason
 from lbcore.fleet import Fleet
 from lbcore.ollama import RequestKind
 from lbcore.records import Request, Server
@@ -97,7 +98,7 @@ class Placement:
         candidates = [
             s for s in selection.eligible(self._fleet.holders(request.model), request) if selection.has_room(s, request)
         ]
-        hopeless = all(_is_in_doubt(attempt.server) for attempt in request.live_attempts)
+        hopeless = all(is_in_doubt(attempt.server) for attempt in request.live_attempts)
         ready = [s for s in candidates if selection.is_ready(s, request) and not selection.is_passed_over(s, now_ns)]
         usable = ready or (candidates if hopeless else [])
         if not usable or not (hopeless or self.race_budget.spend()):
@@ -108,7 +109,16 @@ class Placement:
         """Return the next server that could answer, a full one or a dead one if there is no better."""
         candidates = selection.eligible(self._fleet.holders(request.model), request)
         usable = selection.with_room(candidates, request) or candidates or self.dead(request)
-        return self.order(usable, request, now_ns)[0] if usable else None
+        if usable:
+            return self.order(usable, request, now_ns)[0]
+        lacks = request.failures and request.failures[-1].reason is Reason.MODEL_NOT_FOUND
+        return None if lacks or self._fleet.holders(request.model) else self.anyone(request)
+
+    def anyone(self, request: Request) -> Server | None:
+        """Return a live server to ask for what nobody is known to have; None when all are full or were asked."""
+        untried = selection.eligible(self._fleet.holders(None), request)
+        usable = [server for server in untried if selection.has_room(server, request)]
+        return min(usable, key=lambda server: (server.in_flight, server.id), default=None)
 
     def last_resort(self, request: Request, dead: list[Server], now_ns: int) -> Server | None:
         """Return a dead server to try, since nobody alive has what is needed; None when all of them are full."""
@@ -127,8 +137,9 @@ class Placement:
         ]
 
 
-def _is_in_doubt(server: Server) -> bool:
-    return not server.is_alive or server.doubted or server.reliability is Reliability.UNRELIABLE
+def is_in_doubt(server: Server) -> bool:
+    """Tell whether an answer from the server should not be relied on: dead, doubted or unreliable."""
+    return server.state is ServerState.DEAD or server.doubted or server.reliability is Reliability.UNRELIABLE
 
 
 def _is_trusted_and_ready(server: Server, request: Request, now_ns: int) -> bool:

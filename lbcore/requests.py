@@ -12,7 +12,7 @@ from lbcore.fleet import Fleet
 from lbcore.health import retry_after_s
 from lbcore.ledger import Ledger
 from lbcore.ollama import PASS_THROUGH, RequestKind, canonical_model
-from lbcore.placement import Placement
+from lbcore.placement import Placement, is_in_doubt
 from lbcore.records import Request, Server
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.states import RequestInput, RequestState, ServerState
@@ -37,6 +37,7 @@ class Requests:
         self._placement = placement
         self._timers = timers
         self._out = out
+        self._stuck: dict[int, Request] = {}  # wait only for servers in doubt, and nobody else could be asked
 
     def on_arrived(self, event: RequestArrived, now_ns: int) -> None:
         """Start a request, let it wait, or refuse it."""
@@ -78,11 +79,11 @@ class Requests:
             self._ledger.record(
                 Decision.STARTED, request, "no live server has it: a dead one is tried", names=(last_resort.name,)
             )
+            self._stuck[request.id] = request
         elif request.model is not None and alive:
-            usable = [server for server in alive if selection.has_room(server, request)]
-            if not usable:
+            asked = self._placement.anyone(request)
+            if asked is None:
                 return False
-            asked = min(usable, key=lambda server: (server.in_flight, server.id))
             self._ledger.start(request, asked, AttemptKind.PRIMARY, now_ns)
             why = "nobody is known to have it: one is asked, and says so in the words of this path"
             self._ledger.record(Decision.STARTED, request, why, names=(asked.name,))
@@ -171,8 +172,8 @@ class Requests:
         if request is None or request.state is not RequestState.RACING or request.hedges_left <= 0:
             return
         if any(attempt.first_token_ns is not None for attempt in request.live_attempts):
-            request.hedges_left = 0  # there is an answer to wait for
-            return
+            self._timers.arm(TimerKind.HEDGE, request.id, now_ns + max(request.hedge_delay_ns, MS_NS))
+            return  # there is an answer to wait for, as long as it does not fail
         if self._hedge(request, f"no answer within {request.hedge_delay_ns // MS_NS} ms", now_ns):
             request.hedges_left -= 1
         if request.hedges_left:
@@ -215,16 +216,26 @@ class Requests:
         why = f"passed on as it was: {answered.failure}"
         self._ledger.end(request, given, decision, why, now_ns, server=answered.server.name)
 
-    def rescue(self, server: Server, now_ns: int) -> None:
-        """A server died or broke a stream: ask another for every request that waits for it alone."""
+    def rescue_from(self, server: Server, now_ns: int) -> None:
+        """A server died or broke a stream: ask another for every request that waits only for servers in doubt."""
         for attempt in [a for a in self._ledger.attempts.values() if a.server is server and not a.detached]:
-            request = attempt.request
-            if (
-                request.state is RequestState.RACING
-                and request.kind is RequestKind.GENERATE
-                and request.live_attempts == [attempt]
-            ):
-                self._hedge(request, f"{server.name} has failed", now_ns)
+            self.rescue(attempt.request, f"{server.name} has failed", now_ns)
+
+    def rescue(self, request: Request, why: str, now_ns: int) -> None:
+        """Ask another server for a request that waits only for servers in doubt: now, or as soon as there is one."""
+        if not self._is_stuck(request) or self._hedge(request, why, now_ns):
+            self._stuck.pop(request.id, None)
+        else:
+            self._stuck[request.id] = request
+
+    def _is_stuck(self, request: Request) -> bool:
+        waits = request.state is RequestState.RACING and request.kind is RequestKind.GENERATE
+        return waits and all(is_in_doubt(attempt.server) for attempt in request.live_attempts)
+
+    def rescue_stuck(self, now_ns: int) -> None:
+        """Offer what has changed, a server or its room, to the requests that wait only for servers in doubt."""
+        for request in list(self._stuck.values()):
+            self.rescue(request, "every server asked is in doubt", now_ns)
 
     def _reject(self, request: Request, status: int, message: str, now_ns: int, *, retry_after: int = 0) -> None:
         self._out.append(RejectRequest(request.id, status, message, retry_after))
