@@ -206,7 +206,7 @@ class Attempts:
             request,
             RequestInput.FINISH,
             Decision.FINISHED,
-            f"{attempt.n_tokens} tokens",
+            f"{attempt.n_tokens} tokens" if attempt.n_tokens else "",
             now_ns,
             server=attempt.server.name,
         )
@@ -302,7 +302,8 @@ class Attempts:
             return
         if request.live_attempts:
             self._settle(request, now_ns)
-            self._requests.rescue(request, "what is left is in doubt", now_ns)
+            if not _is_refused(request):
+                self._requests.replace(request, now_ns)
             return
         may_go_elsewhere = reason in UNDONE if request.kind is RequestKind.MANAGE else not _is_refused(request)
         if may_go_elsewhere and self._requests.retry(request, now_ns):

@@ -113,6 +113,8 @@ class Decision(StrEnum):
     DOUBTED = "doubted"
     SYNCED = "synced"
     SERVER_ADDED = "server-added"
+    SERVER_BACK = "server-back"
+    SERVER_DIED = "server-died"
     SERVER_DRAINING = "server-draining"
     SERVER_GONE = "server-gone"
 

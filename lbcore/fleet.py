@@ -24,6 +24,10 @@ from lbcore.timers import TimerKind, Timers
 _HOLDERS_MAX = 1024
 
 
+def _why_not(server: Server) -> str:
+    return "it is being removed" if server.state is ServerState.DRAINING else server.last_error or "not probed yet"
+
+
 class Fleet:
     """All servers by id, in the order they were named."""
 
@@ -65,7 +69,7 @@ class Fleet:
         """Return the error for a request when no server is alive: what was last heard of each."""
         if not self.servers:
             return "no server is configured"
-        return "no server is reachable: " + "; ".join(f"{s.name}: {s.last_error or 'not probed yet'}" for s in self)
+        return "no server is reachable: " + "; ".join(f"{server.name}: {_why_not(server)}" for server in self)
 
     # --- coming and going ----------------------------------------------------------------------------------
 
@@ -107,8 +111,8 @@ class Fleet:
 
     def fail(self, server: Server, failure: Failure, now_ns: int) -> None:
         """Lower a server's health, and look at once what is the matter with it."""
-        self._note_error(server, str(failure), now_ns)
-        self._set_health(server, after_failure(server.health, self._config.health), now_ns, str(failure))
+        self._note_error(server, failure.words, now_ns)
+        self._set_health(server, after_failure(server.health, self._config.health), now_ns, failure.words)
         self.probe_now(server, now_ns)
 
     def _note_error(self, server: Server, text: str, now_ns: int) -> None:
@@ -125,9 +129,12 @@ class Fleet:
         if value >= ALIVE_FROM:
             if self._step(server, ServerInput.REVIVE):
                 server.probe_failures = server.probe_pause_ns = 0
+                if server.died_ns is not None:
+                    self._record(Decision.SERVER_BACK, server, why)
                 server.died_ns = None
                 self._changed()
         elif self._step(server, ServerInput.DIE):
+            self._record(Decision.SERVER_DIED, server, why)
             server.died_ns = now_ns
             self._changed()
 
@@ -267,9 +274,8 @@ class Fleet:
         if server.probe_id == 0:
             self.probe_now(server, now_ns)
             return None
-        probe_id = server.probe_id
         self._cancel_probe(server)
-        self._probe_failed(server, probe_id, Reason.PROBE_TIMEOUT, "", now_ns)
+        self._probe_failed(server, Reason.PROBE_TIMEOUT, "", now_ns)
         return server
 
     def _cancel_probe(self, server: Server) -> None:
@@ -284,7 +290,7 @@ class Fleet:
             return None
         server.probe_id = 0
         if event.reason is not None:
-            self._probe_failed(server, event.probe_id, event.reason, event.detail, now_ns)
+            self._probe_failed(server, event.reason, event.detail, now_ns)
             return server
         server.version = event.version
         server.last_probe_id = event.probe_id
@@ -292,11 +298,11 @@ class Fleet:
         self._timers.arm(TimerKind.PROBE, server.id, now_ns + self._config.probe.interval_ns)
         return server
 
-    def _probe_failed(self, server: Server, probe_id: int, reason: Reason, detail: str, now_ns: int) -> None:
+    def _probe_failed(self, server: Server, reason: Reason, detail: str, now_ns: int) -> None:
         server.probe_failures += 1
         failure = Failure(server.name, reason, 0, detail)
-        why = f"probe {probe_id} failed: {failure}"
-        self._note_error(server, f"probe: {failure}", now_ns)
+        why = f"probe failed: {failure.words}"
+        self._note_error(server, failure.words, now_ns)
         if server.is_alive:
             fallen = server.probe_failures >= self._config.probe.fall
             value = min(after_failure(server.health, self._config.health), ALIVE_FROM / 2 if fallen else server.health)

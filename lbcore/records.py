@@ -273,8 +273,13 @@ class Failure:
     detail: str
 
     def __str__(self) -> str:
+        return f"{self.server}: {self.words}"
+
+    @property
+    def words(self) -> str:
+        """What happened, without saying where."""
         status = f" {self.status}" if self.status >= 400 else ""
-        return f"{self.server}: {self.reason}{status}{': ' if self.detail else ''}{self.detail}"
+        return f"{self.reason}{status}{': ' if self.detail else ''}{self.detail}"
 
 
 class Request:

@@ -228,6 +228,13 @@ class Requests:
         else:
             self._stuck[request.id] = request
 
+    def replace(self, request: Request, now_ns: int) -> None:
+        """One of several attempts has failed: ask another server in its place, where one is idle."""
+        self.rescue(request, "what is left is in doubt", now_ns)
+        waits = request.state is RequestState.RACING and request.kind is RequestKind.GENERATE
+        if waits and len(request.live_attempts) < request.route.racers_max and not self._is_stuck(request):
+            self._hedge(request, str(request.failures[-1]), now_ns)
+
     def _is_stuck(self, request: Request) -> bool:
         waits = request.state is RequestState.RACING and request.kind is RequestKind.GENERATE
         return waits and all(is_in_doubt(attempt.server) for attempt in request.live_attempts)

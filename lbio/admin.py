@@ -76,7 +76,7 @@ class Admin:
             lambda server: server is added and server.last_sync_ns is None and server.probe_failures == 0
         )
         if added is None or added.last_sync_ns is None:
-            detail = added.last_error.removeprefix("probe: ") if added is not None else "it was removed meanwhile"
+            detail = added.last_error if added is not None else "it was removed meanwhile"
             if added is not None:
                 self._driver.dispatch(ServerRemovalRequested(added.id))
             return _error(502, f"not added, since it cannot be used now: {detail}")

@@ -42,7 +42,7 @@ _FLAGS: Sequence[Callable[[Any], Any]] = (
     click.option("-s", "--servers", multiple=True, metavar="URL[=NAME]",
                  help="An Ollama server; repeatable. Replaces the servers of the file."),
     click.option("--server-file", type=click.Path(path_type=Path), metavar="FILE",
-                 help="More servers: one URL=NAME a line, # begins a comment."),
+                 help="Servers from a file, one URL[=NAME] a line, # begins a comment; with --servers, besides those."),
     click.option("--timeout", metavar="TIME",
                  help="Longest silence between two tokens, and limit for connecting: seconds, or 30s, 5m. "
                       "[default: 1m]"),

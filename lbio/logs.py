@@ -89,6 +89,7 @@ _LEVELS: Mapping[Decision, int] = {
     Decision.FAILED: logging.WARNING,
     Decision.REJECTED: logging.WARNING,
     Decision.DOUBTED: logging.WARNING,
+    Decision.SERVER_DIED: logging.WARNING,
 }
 
 
@@ -117,11 +118,16 @@ _WORDS: Mapping[Decision, Callable[[RecordDecision], str]] = {
     Decision.COMMITTED: lambda d: f"{d.server} won after {_ms(d)} ({d.why})",
     Decision.CANCELLED: lambda d: f"{d.server} cancelled after {_ms(d)}: {d.why}",
     Decision.ATTEMPT_FAILED: lambda d: f"{d.why} (after {_ms(d)})",
-    Decision.FINISHED: lambda d: f"done in {_ms(d)} by {d.server}: {d.why}",
+    Decision.FINISHED: lambda d: f"done in {_ms(d)} by {d.server}{': ' if d.why else ''}{d.why}",
     Decision.REJECTED: lambda d: f"refused with {d.why}",
     Decision.FAILED: lambda d: f"failed after {_ms(d)}: {d.why}",
     Decision.ABORTED: lambda d: f"ended after {_ms(d)}: {d.why}",
     Decision.HEALTH: lambda d: f"{d.server} health {d.before} -> {d.after}: {d.why}",
+    Decision.SERVER_ADDED: lambda d: f"{d.server} {d.why}",
+    Decision.SERVER_BACK: lambda d: f"{d.server} is back: {d.why}",
+    Decision.SERVER_DIED: lambda d: f"{d.server} is dead: {d.why}",
+    Decision.SERVER_DRAINING: lambda d: f"{d.server} is being removed: {d.why}",
+    Decision.SERVER_GONE: lambda d: f"{d.server} is removed",
     Decision.RELIABILITY: lambda d: f"{d.server} {d.before} -> {d.after}: {d.why}",
 }
 

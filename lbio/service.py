@@ -31,6 +31,8 @@ from lbio.streams import SocketListener
 _log = logging.getLogger("ollama_lb")
 _CUT_S = 0.5  # for error lines to be written once the drain deadline has passed
 
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  and how this machine reaches itself
+
 FleetFactory = Callable[[], AbstractAsyncContextManager[Sequence[ServerSettings]]]
 """Starts servers of its own (the demo's) and says where they are."""
 
@@ -57,7 +59,7 @@ async def _main(app: AppConfig, fleet: FleetFactory | None) -> int:
         try:
             service = await stack.enter_async_context(start(app))
         except OSError as error:
-            _log.error("cannot start: %s", error)
+            _log.error("cannot start: %s", error.strerror or error)
             return 1
         with contextlib.suppress(OSError):  # nobody may be reading standard output
             _greet(service, demo=fleet is not None)
@@ -78,7 +80,7 @@ class Service:
     def url(self) -> str:
         """Where clients on this machine reach it."""
         host, port = self.addresses[0]
-        local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+        local = _WILDCARDS.get(host, host)
         return f"http://{Address(local, port)}"
 
 
@@ -165,8 +167,10 @@ def _greet(service: Service, *, demo: bool) -> None:
     """Say where it listens, over what, and what to paste."""
     servers = [("SERVER", "URL", "SLOTS"), *((s.name, s.url, str(s.slots)) for s in service.app.core.servers)]
     model = _a_model(service) if demo else "llama3.2"
+    host, port = service.addresses[0]
+    everywhere = f" and on every other address of this machine, port {port}" if host in _WILDCARDS else ""
     print(  # noqa: T201  for people at a terminal
-        f"ollama-lb listens on {service.url}\n\n{align(servers)}\n\n"
+        f"ollama-lb listens on {service.url}{everywhere}\n\n{align(servers)}\n\n"
         f"try it:  curl -N {service.url}/api/chat -d "
         f"""'{{"model": "{model}", "messages": [{{"role": "user", "content": "hello"}}]}}'\n"""
         f"watch:   curl -H 'Accept: text/plain' {service.url}/status\n",

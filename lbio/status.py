@@ -74,8 +74,8 @@ def as_table(told: dict[str, Any]) -> str:
     """Return the same for people: a line for each server."""
     lines = align([_COLUMNS, *(_row(server) for server in told["servers"])])
     summary = (
-        f"{told['requests']} requests in flight, {told['queued']} queued, {told['attempts']} attempts,"
-        f" {told['retries']} retries, {told['wasted_tokens']} tokens wasted so far"
+        f"now: {told['requests']} requests in flight, {told['queued']} queued, {told['attempts']} attempts,"
+        f" {told['retries']} retries; since the start: {told['wasted_tokens']} tokens wasted"
     )
     return f"{lines}\n\n{summary}\n"
 
