@@ -29,15 +29,23 @@ from lbcore.timers import TimerKind, Timers
 
 
 class LoadBalancer:
-    """All decisions of ollama-lb. `ledger` holds what is under way, `fleet` the servers."""
+    """All decisions of ollama-lb. `ledger` holds what is under way, `fleet` the servers.
 
-    def __init__(self, config: Config, rng: Random) -> None:
+    `placement_type` makes the part that chooses servers: another one is another policy.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        rng: Random,
+        placement_type: Callable[[Config, Fleet, Random], Placement] = Placement,
+    ) -> None:
         self.config = config
         self.timers = Timers()
         self._out: list[Command] = []
         self.fleet = Fleet(config, self.timers, self._out)
         self.ledger = Ledger(config, self.fleet, self.timers, self._out)
-        self.placement = Placement(config, self.fleet, rng)
+        self.placement = placement_type(config, self.fleet, rng)
         self._requests = Requests(config, self.fleet, self.ledger, self.placement, self.timers, self._out)
         self._attempts = Attempts(config, self.fleet, self.ledger, self._requests, self.timers, self._out)
         self._handlers: dict[type, Callable[[Any, int], None]] = {
