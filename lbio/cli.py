@@ -40,16 +40,20 @@ _FLAGS: Sequence[Callable[[Any], Any]] = (
     click.option("-l", "--listen", metavar="ADDRESS",
                  help="Where clients connect: host:port, :port or port. [default: 0.0.0.0:11434]"),
     click.option("-s", "--servers", multiple=True, metavar="URL[=NAME]",
-                 help="An Ollama server; repeatable. Replaces the servers of the file."),
+                 help="An Ollama server; repeatable. Replaces the servers of CONFIG."),
     click.option("--server-file", type=click.Path(path_type=Path), metavar="FILE",
-                 help="Servers from a file, one URL[=NAME] a line, # begins a comment; with --servers, besides those."),
+                 help="Servers from a file, one URL[=NAME] a line, # begins a comment. They come after those of "
+                      "--servers and replace those of CONFIG."),
     click.option("--timeout", metavar="TIME",
-                 help="Longest silence between two tokens, and limit for connecting: seconds, or 30s, 5m. "
-                      "[default: 1m]"),
+                 help="How long a server may be silent within an answer, from one token to the next, before it has "
+                      "failed. Connecting to a server takes no longer either. [timeouts.silence; default: 1m]"),
     click.option("--timeout-ft", metavar="TIME",
-                 help="Longest wait for the first token of a loaded model. [default: 2m]"),
+                 help="How long a server that has the model in memory may take to the first token of an answer, before "
+                      "it has failed. One that must load the model: 10m, or this if it is more. "
+                      "[timeouts.first_token_warm; default: 2m]"),
     click.option("--time-measure", metavar="TIME",
-                 help="How long tokens are counted before the most-tokens winner is chosen. [default: 2s]"),
+                 help='For race.winner = "most-tokens" only: from the first token on, how long racers are compared '
+                      "before the one with the most tokens wins. [race.measure; default: 2s]"),
 )
 
 
@@ -60,8 +64,8 @@ def _with_flags(command: _C) -> _C:
     return command
 
 
-_CONFIG_OPTIONAL = click.argument("config", required=False, type=click.Path(path_type=Path), metavar="[CONFIG]")
-_CONFIG = click.argument("config", type=click.Path(path_type=Path), metavar="CONFIG")
+_CONFIG_OPTIONAL = click.argument("config", required=False, metavar="[CONFIG]")
+_CONFIG = click.argument("config", metavar="CONFIG")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -79,8 +83,11 @@ def cli() -> None:
                               "ollama-lb run -s http://gpu1:11434=gpu1 -s http://gpu2:11434=gpu2"))
 @_CONFIG_OPTIONAL
 @_with_flags
-def run(config: Path | None, **flags: Any) -> int:
-    """Run the balancer, with the servers of CONFIG or of the flags; flags win."""
+def run(config: str | None, **flags: Any) -> int:
+    """Run the balancer, as CONFIG and the flags say; flags win.
+
+    A TIME is a number of seconds, or has a unit: 300ms, 1.5s, 5m, 1h30m.
+    """
     specs: list[FakeSpec] = []
     app = _load(config, flags, specs)
     if app is None:
@@ -105,12 +112,17 @@ def _demo_fleet(specs: Sequence[FakeSpec]) -> FleetFactory:
     return start
 
 
-@cli.command(epilog=_examples("ollama-lb check my.toml", "ollama-lb check my.toml --json"))
-@_CONFIG
+@cli.command(epilog=_examples("ollama-lb check my.toml", "ollama-lb check my.toml --json",
+                              "ollama-lb check -s http://gpu1:11434=gpu1"))
+@_CONFIG_OPTIONAL
 @_with_flags
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-def check(config: Path, *, as_json: bool, **flags: Any) -> int:
-    """Tell what CONFIG comes to, or everything that is wrong with it (exit code 2)."""
+def check(config: str | None, *, as_json: bool, **flags: Any) -> int:
+    """Tell what CONFIG and flags come to, or all that is wrong.
+
+    Takes what run takes, starts nothing, and exits with 0, or with 2 and every problem: its key, its value and how to
+    write it right.
+    """
     import json
 
     from lbio.summary import problems_object, summary_lines, summary_object
@@ -122,7 +134,7 @@ def check(config: Path, *, as_json: bool, **flags: Any) -> int:
     if as_json:
         click.echo(json.dumps(summary_object(app)))
     else:
-        click.echo("\n".join((f"{config}: ok", *summary_lines(app))))
+        click.echo("\n".join((f"{config or 'flags'}: ok", *summary_lines(app))))
     return EXIT_OK
 
 
@@ -130,7 +142,7 @@ def check(config: Path, *, as_json: bool, **flags: Any) -> int:
 @_with_flags
 @click.option("--full", is_flag=True, help="Write every key, with its meaning, unit and default.")
 def init(*, full: bool, **flags: Any) -> int:
-    """Write a configuration with what the flags say to standard output."""
+    """Write a CONFIG with what the flags say to standard output."""
     from lbio.config_file import document, dump
 
     named = bool(flags["servers"]) or flags["server_file"] is not None
@@ -151,8 +163,11 @@ _INIT_HEAD = """\
 
 @cli.command(epilog=_examples("ollama-lb fleet configs/demo.toml"))
 @_CONFIG
-def fleet(config: Path) -> int:
-    """Serve only the fake Ollama servers of CONFIG ([[fleet]]), until Ctrl-C."""
+def fleet(config: str) -> int:
+    """Serve only the fake Ollama servers of CONFIG, until Ctrl-C.
+
+    They are the [[fleet]] tables of the file. run starts them too, with the balancer in front of them.
+    """
     from lbcore.parsing import ABSENT, Problem
 
     specs: list[FakeSpec] = []
@@ -168,10 +183,10 @@ def fleet(config: Path) -> int:
 # --- configuration -----------------------------------------------------------------------------------------
 
 
-def _load(config: Path | None, flags: Mapping[str, Any], specs: list[FakeSpec], *, need_servers: bool = True,
+def _load(config: str | None, flags: Mapping[str, Any], specs: list[FakeSpec], *, need_servers: bool = True,
           quiet: bool = False, report: Callable[[Iterable[Problem]], None] | None = None) -> AppConfig | None:
     """Return the configuration and fill `specs` with its fake servers; None after its problems were reported."""
-    from lbio.config_file import ConfigError, load
+    from lbio.config_file import ConfigError, config_path, load
 
     def check_fleet(tables: Sequence[Mapping[str, Any]], problems: list[Problem]) -> None:
         from simulator.fleet import parse_fleet
@@ -179,7 +194,8 @@ def _load(config: Path | None, flags: Mapping[str, Any], specs: list[FakeSpec], 
         specs.extend(parse_fleet(tables, problems))
 
     try:
-        app = load(config, _overrides(flags), need_servers=need_servers, check_fleet=check_fleet)
+        path = None if config is None else config_path(config, servers_allowed=need_servers)
+        app = load(path, _overrides(flags), need_servers=need_servers, check_fleet=check_fleet)
     except ConfigError as error:
         (report or _report)(error.problems)
         return None

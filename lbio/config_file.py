@@ -27,7 +27,7 @@ from lbio.config_servers import (
 from lbio.config_text import document, dump
 from lbio.settings import DEFAULT_LISTEN, AdminAccess, AppConfig
 
-__all__ = ["AppConfig", "ConfigError", "Overrides", "Problem", "document", "dump", "load", "parse"]
+__all__ = ["AppConfig", "ConfigError", "Overrides", "Problem", "config_path", "document", "dump", "load", "parse"]
 
 FleetCheck = Callable[[Sequence[Mapping[str, Any]], list[Problem]], object]
 """Appends what is wrong with the `[[fleet]]` tables; only the simulator understands them."""
@@ -97,6 +97,18 @@ def load(path: Path | None, overrides: Overrides = NO_OVERRIDES, *, need_servers
     raw = {} if path is None else read_toml(path)
     base = None if path is None else path.resolve().parent
     return parse(raw, overrides, base=base, need_servers=need_servers, check_fleet=check_fleet)
+
+
+_SERVER_LIKE = re.compile(r"[A-Za-z]+://.*|[\w.-]+:\d+(=.*)?")
+
+
+def config_path(text: str, *, servers_allowed: bool = True) -> Path:
+    """Return the file that an argument names; raise `ConfigError` if it is plainly a server's address instead."""
+    path = Path(text)
+    if _SERVER_LIKE.fullmatch(text) and not path.exists():
+        fix = f"give it as a flag: -s {text}" if servers_allowed else "name a file with [[fleet]] in it"
+        raise ConfigError([Problem(text, ABSENT, "is a server, not a file", fix)])
+    return path
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -228,7 +240,7 @@ def _fleet(raw: Mapping[str, Any], overrides: Overrides, servers: Iterable[Keyed
     if tables and overrides.name_servers:
         warnings.append("--servers: the fake servers of [[fleet]] are not started")
         return ()
-    named = {server.name: key for key, server in servers}
+    named = {server.name: key for key, server in servers if server.name}
     for index, table in enumerate(tables):
         if (name := table.get("name")) in named:
             problems.append(Problem(f"fleet[{index}].name", name, f"is also the name of {named[name]}",

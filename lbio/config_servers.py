@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from lbcore.config import ServerSettings
 from lbcore.parsing import ABSENT, Keys, Problem, RefusedError, parse_table, quote
 from lbcore.schema import keys_of
-from lbio.addresses import Address, is_same_place, parse_name, parse_server_url
+from lbio.addresses import Address, ServerUrl, is_same_place, parse_name, parse_server_url
 
 _T = TypeVar("_T")
 
@@ -18,7 +18,12 @@ SERVER_KEYS: Keys = (("", "servers"), *(("servers", name) for _, name in keys_of
 TABLES_FIX = 'write [[servers]] on a line of its own and below it url = "http://gpu1:11434"'
 
 Keyed = tuple[str, ServerSettings]
-"""A server and where it was named: `servers[2]`, `--servers[1]`, `servers.txt:7`."""
+"""A server and where it was named: `servers[2]`, `--servers[1]`, `servers.txt:7`.
+
+While problems are collected, a url or a name that cannot be used is "", so that the rest can still be judged.
+"""
+
+_UNKNOWN_URL = "http://unknown"
 
 
 def _attempt(parse: Callable[[str], _T], text: str, key: str, problems: list[Problem]) -> _T | None:
@@ -51,14 +56,19 @@ def _parse_server(raw: Any, key: str, problems: list[Problem], also: Keys,
         problems.append(Problem(key, raw, "is not a table", TABLES_FIX))
         return None
     server = parse_table(ServerSettings, raw, key, problems, also=also)
+    if server is not None:
+        url = _attempt(parse_server_url, server.url, f"{key}.url", problems)
+    else:  # without a usable url; what else is wrong was told of just now
+        server, url = parse_table(ServerSettings, {**raw, "url": _UNKNOWN_URL}, key, [], also=also), None
     if server is None:
-        return None
-    url = _attempt(parse_server_url, server.url, f"{key}.url", problems)
-    name = _attempt(parse_name, server.name, f"{key}.name", problems) if server.name else ""
+        raise TypeError(ServerSettings)
+    name = _attempt(parse_name, server.name, f"{key}.name", problems) if server.name else _default_name(url)
     ca_file = _find_ca_file(server.ca_file, f"{key}.ca_file", problems, base) if server.ca_file else ""
-    if url is None or name is None:
-        return None
-    return dataclasses.replace(server, url=str(url), name=name or str(url.address), ca_file=ca_file)
+    return dataclasses.replace(server, url=str(url or ""), name=name or "", ca_file=ca_file)
+
+
+def _default_name(url: ServerUrl | None) -> str:
+    return "" if url is None else str(url.address)
 
 
 def _find_ca_file(text: str, key: str, problems: list[Problem], base: Path | None) -> str:
@@ -75,10 +85,12 @@ def _refuse_duplicates(servers: Iterable[Keyed], problems: list[Problem]) -> Non
     urls: dict[str, str] = {}
     names: dict[str, str] = {}
     for key, server in servers:
-        if urls.setdefault(server.url, key) != key:
+        again = bool(server.url) and urls.setdefault(server.url, key) != key
+        if again:
             problems.append(Problem(f"{key}.url", server.url, f"is also the url of {urls[server.url]}",
                                     "name each server once"))
-        elif names.setdefault(server.name, key) != key:
+        named = server.name and not (again and server.name == str(parse_server_url(server.url).address))
+        if named and names.setdefault(server.name, key) != key:
             problems.append(Problem(f"{key}.name", server.name, f"is also the name of {names[server.name]}",
                                     "give each server a name of its own"))
 
@@ -107,10 +119,8 @@ def _parse_spec(text: str, key: str, problems: list[Problem]) -> ServerSettings 
         problems.append(Problem(key, text, 'has no name after "="', f"write {quote(url_text)} or add a name"))
         return None
     url = _attempt(lambda _: parse_server_url(url_text, scheme_optional=True), text, key, problems)
-    name = _attempt(lambda _: parse_name(name_text), text, key, problems) if equals else ""
-    if url is None or name is None:
-        return None
-    return ServerSettings(url=str(url), name=name or str(url.address))
+    name = _attempt(lambda _: parse_name(name_text), text, key, problems) if equals else _default_name(url)
+    return ServerSettings(url=str(url or ""), name=name or "")
 
 
 def _read_server_file(path: Path, problems: list[Problem]) -> list[tuple[str, str]]:
@@ -177,8 +187,7 @@ def _free_name(name: str, taken: set[str]) -> str:
 def refuse_loops(servers: Iterable[Keyed], listen: Address, problems: list[Problem]) -> None:
     """Refuse a server that is ollama-lb itself: every request would go round for ever."""
     for key, server in servers:
-        address = parse_server_url(server.url).address
-        if is_same_place(listen, address):
+        if server.url and is_same_place(listen, parse_server_url(server.url).address):
             where = f"{key}.url" if key.startswith("servers[") else key
             problems.append(Problem(where, server.url, f"is where ollama-lb itself listens ({listen})",
                                     "let one of the two use another port"))

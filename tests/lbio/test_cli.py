@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 
 from lbcore import __version__
+from lbcore.config import Config
+from lbcore.units import format_duration
 from lbio.cli import main
 from lbio.config_file import document, load, parse
 from lbio.settings import AppConfig
@@ -94,11 +97,19 @@ def test_check_passes_a_good_file(config: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_help_imports_nothing_heavy() -> None:
-    heavy = {"anyio", "asyncio", "h11", "msgspec", "rich", "simulator", "uvloop"}
-    script = f"import sys; from lbio.cli import main; main(['--help']); print(sorted(sys.modules.keys() & {heavy}))"
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["run", "--help"]])
+def test_help_imports_nothing_heavy(args: list[str]) -> None:
+    heavy = {"anyio", "asyncio", "h11", "msgspec", "rich", "simulator", "tomli_w", "tomllib", "uvloop"}
+    script = f"import sys; from lbio.cli import main; main({args}); print(sorted(sys.modules.keys() & {heavy}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=30)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_says_in_a_line_what_each_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = cli("--help").stdout.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines] == sorted(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -171,6 +182,47 @@ routes
 
 warning: servers[1]: verify = false: whoever answers at https://far:443 is trusted
 """
+
+
+@pytest.mark.parametrize(("flag", "key", "default_ns"), [
+    ("--timeout ", "timeouts.silence", Config().timeouts.silence_ns),
+    ("--timeout-ft ", "timeouts.first_token_warm", Config().timeouts.first_token_warm_ns),
+    ("--timeout-ft ", "One that must load the model:", Config().timeouts.first_token_cold_ns),
+    ("--time-measure ", "race.measure", Config().race.measure_ns),
+])
+def test_help_of_times_names_key_and_default(flag: str, key: str, default_ns: int,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    help_of_flag = re.split(r" --?\w", text.partition(flag)[2])[0]
+    assert key in help_of_flag
+    assert format_duration(default_ns) in help_of_flag.partition(key)[2]
+
+
+def test_check_does_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "-s", "http://gpu1:11434=gpu1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "flags: ok"
+    assert "  gpu1  http://gpu1:11434  1 slot a model, at most 8 in flight" in lines
+
+
+def test_check_with_neither_file_nor_servers_says_how_to_name_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 2
+    assert "-s http://gpu1:11434=gpu1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["http://gpu1:11434", "https://gpu1=gpu1", "gpu1:11434", "10.0.0.7:11434=gpu1"])
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_server_in_place_of_the_file_is_told_to_be_a_flag(command: str, text: str,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, text]) == 2
+    assert capsys.readouterr().err == f"{text}: is a server, not a file; give it as a flag: -s {text}\n"
+
+
+def test_a_file_that_is_called_like_a_server_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gpu1:11434").write_text(GOOD, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "gpu1:11434"]) == 0
 
 
 @pytest.mark.parametrize("name", ["prod", "seed", "demo"])

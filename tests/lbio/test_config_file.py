@@ -292,6 +292,43 @@ def test_a_config_full_of_mistakes_reports_all_of_them_in_its_order() -> None:
         "limits.connections_max", "probe", "queue.length_max"]
 
 
+NAME_FIX = "write a name of ASCII without space, comma and slash"
+
+
+@pytest.mark.parametrize(("servers", "keys"), [
+    ([{"url": "gpu1", "name": "a b"}], ["servers[0].url", "servers[0].name"]),
+    ([{"name": "a b"}], ["servers[0].url", "servers[0].name"]),
+    ([{"url": 5, "name": "a b"}], ["servers[0].url", "servers[0].name"]),
+    ([{**GPU1, "name": "x"}, {"url": "gpu1", "name": "x"}], ["servers[1].url", "servers[1].name"]),
+    ([{**GPU1, "name": "x"}, {"name": "x"}], ["servers[1].url", "servers[1].name"]),
+    ([{"name": "x"}, {**GPU1, "name": "x"}], ["servers[0].url", "servers[1].name"]),
+    ([{**GPU1, "name": "x"}, {**GPU1, "name": "x"}], ["servers[1].url", "servers[1].name"]),
+    ([{**GPU1, "name": "a b"}, {**GPU1}], ["servers[0].name", "servers[1].url"]),
+    ([{"url": "http://localhost", "name": "a b"}], ["servers[0].name", "servers[0].url"]),
+    ([{"name": "a b", "slots": 0, "slot": 1}],
+     ["servers[0].slot", "servers[0].url", "servers[0].slots", "servers[0].name"]),
+])
+def test_no_problem_of_a_server_hides_another(servers: list[dict[str, Any]], keys: list[str]) -> None:
+    assert [problem.partition(": ")[0] for problem in problems_of({"servers": servers})] == keys
+
+
+def test_a_server_without_url_does_not_hide_its_certificate(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('[[servers]]\nca_file = "no.pem"\n', encoding="utf-8")
+    assert [problem.partition(": ")[0] for problem in problems_in(path)] == ["servers[0].url", "servers[0].ca_file"]
+
+
+def test_a_fake_server_may_not_have_the_name_of_a_server_without_url() -> None:
+    found = problems_of({"servers": [{"name": "a"}], "fleet": [{"name": "a"}]})
+    assert [problem.partition(": ")[0] for problem in found] == ["servers[0].url", "fleet[0].name"]
+
+
+def test_both_halves_of_a_servers_flag_are_judged() -> None:
+    assert problems_of({}, Overrides(servers=("ftp://b=a b",))) == [
+        '--servers[0]: "ftp://b=a b" has the scheme "ftp"; write http:// or https://',
+        f'--servers[0]: "ftp://b=a b" has " " in it; {NAME_FIX}']
+
+
 def test_a_pair_is_not_compared_when_one_of_it_is_wrong_by_itself() -> None:
     assert len(problems_of({**LOADED, "race": {"racers_min": 99, "racers_max": 1}})) == 1
 
