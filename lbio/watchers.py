@@ -24,15 +24,22 @@ class Mark(Enum):
     NONE = 0
     COMPLETE = 1
     FAILED = 2
+    BESIDES = 3  # neither a token nor an end: why the answer ended, or what it used
 
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """How one kind of stream is read."""
+    """How one kind of stream is read.
 
-    separator: bytes  # ends one token
-    suspicious: re.Pattern[bytes]  # found in every line whose mark is not NONE
+    Each `token` is one, but for those of lines with a mark. Every line whose mark is not NONE has in it what
+    `suspicious` finds, or `marker`: a plain search for it costs less than one more branch of the pattern.
+    """
+
+    separator: bytes  # ends a line (an event)
+    token: bytes
+    suspicious: re.Pattern[bytes]
     judge: Callable[[bytes], Mark]
+    marker: bytes = b"\0"
 
 
 def _judge_ndjson(line: bytes) -> Mark:
@@ -47,7 +54,25 @@ def _judge_ndjson(line: bytes) -> Mark:
     return Mark.COMPLETE if value.get("done") is True or value.get("status") == "success" else Mark.NONE
 
 
-def _judge_sse(complete: tuple[bytes, ...], failed: tuple[bytes, ...]) -> Callable[[bytes], Mark]:
+_CONTENT = re.compile(rb'"(?:content|reasoning|reasoning_content|text|refusal|name|arguments)"\s*:\s*"(?!")')
+
+
+def _judge_openai(line: bytes) -> Mark:
+    """Judge an event of /v1/chat/completions or /v1/completions.
+
+    The quotes of keys cannot stand in a text, whose own are escaped. The last chunk mostly has an empty delta, and so
+    has what Ollama writes when its runner dies, under an empty `model` (capture: v1_chat_runner_killed_midstream).
+    """
+    if line.startswith(b"data: [DONE]"):
+        return Mark.COMPLETE
+    if line.startswith(b'data: {"error":'):
+        return Mark.FAILED
+    if not line.startswith(b"data: {") or _CONTENT.search(line) is not None:
+        return Mark.NONE
+    return Mark.BESIDES if _OPENAI_BESIDES.search(line) is not None else Mark.NONE
+
+
+def _judge_events(complete: tuple[bytes, ...], failed: tuple[bytes, ...]) -> Callable[[bytes], Mark]:
     def judge(line: bytes) -> Mark:
         if line.startswith(complete):
             return Mark.COMPLETE
@@ -56,24 +81,27 @@ def _judge_sse(complete: tuple[bytes, ...], failed: tuple[bytes, ...]) -> Callab
     return judge
 
 
-_NDJSON_DONE = _Format(b"\n", re.compile(rb'"done"\s*:\s*true|"error"\s*:'), _judge_ndjson)
+_BESIDES = rb'finish_reason"\s*:\s*"|choices"\s*:\s*\[\]|model"\s*:\s*""'
+_OPENAI_BESIDES = re.compile(rb'"(?:%s)' % _BESIDES)
 _FORMATS: Mapping[Ending, _Format] = {
-    Ending.NDJSON_DONE: _NDJSON_DONE,
-    Ending.NDJSON_SUCCESS: _Format(b"\n", re.compile(rb'"success"|"error"\s*:'), _judge_ndjson),
+    Ending.NDJSON_DONE: _Format(b"\n", b"\n", re.compile(rb'"done"\s*:\s*true|"error"\s*:'), _judge_ndjson),
+    Ending.NDJSON_SUCCESS: _Format(b"\n", b"\n", re.compile(rb'"success"|"error"\s*:'), _judge_ndjson),
     Ending.SSE_DONE: _Format(
-        b"\n\n", re.compile(rb'\[DONE\]|"error"\s*:'), _judge_sse((b"data: [DONE]",), (b'data: {"error":',))
+        b"\n\n", b"\n\n", re.compile(rb'"(?:error"\s*:|%s)' % _BESIDES), _judge_openai, marker=b"[DONE]"
     ),
     Ending.RESPONSE_COMPLETED: _Format(
         b"\n\n",
+        b".delta\ndata: ",
         re.compile(rb"event: (?:response\.(?:completed|incomplete|failed)|error)"),
-        _judge_sse(
+        _judge_events(
             (b"event: response.completed", b"event: response.incomplete"), (b"event: response.failed", b"event: error")
         ),
     ),
     Ending.MESSAGE_STOP: _Format(
         b"\n\n",
+        b"event: content_block_delta\ndata: ",
         re.compile(rb"event: (?:message_stop|error)"),
-        _judge_sse((b"event: message_stop",), (b"event: error",)),
+        _judge_events((b"event: message_stop",), (b"event: error",)),
     ),
 }
 
@@ -104,20 +132,20 @@ class Watcher:
             return 0
         self.partial = whole[end:]
         self.at_line_start = not self.partial
-        if form.suspicious.search(whole, 0, end) is not None:
+        if form.suspicious.search(whole, 0, end) is not None or whole.find(form.marker, 0, end) >= 0:
             return self._inspect(form, whole[:end])
-        n_tokens = whole.count(form.separator, 0, end)
+        n_tokens = whole.count(form.token, 0, end)
         self.n_tokens += n_tokens
         return n_tokens
 
     def _inspect(self, form: _Format, lines: bytes) -> int:
         """Judge every line; neither the terminator nor an error is a token."""
-        n_tokens = lines.count(form.separator)
+        n_tokens = lines.count(form.token)
         for line in lines.split(b"\n"):
-            if form.suspicious.search(line) is not None:
+            if form.suspicious.search(line) is not None or form.marker in line:
                 mark = form.judge(line)
                 self.complete = self.complete or mark is Mark.COMPLETE
                 self.failed = self.failed or mark is Mark.FAILED
-                n_tokens -= mark is not Mark.NONE
+                n_tokens -= mark is not Mark.NONE and form.token == form.separator
         self.n_tokens += max(0, n_tokens)
         return max(0, n_tokens)

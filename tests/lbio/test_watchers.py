@@ -15,6 +15,21 @@ TOKEN = b'{"model":"m","message":{"role":"assistant","content":"x"},"done":false
 DONE = b'{"model":"m","message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}\n'
 SSE_TOKEN = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
 MESSAGE_TOKEN = b'event: content_block_delta\ndata: {"type":"content_block_delta"}\n\n'
+SSE_LAST = b'data: {"model":"m","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+SSE_USAGE = b'data: {"model":"m","choices":[],"usage":{"completion_tokens":4}}\n\n'
+SSE_DEAD = b'data: {"model":"","choices":[{"index":0,"delta":{"content":""},"finish_reason":null}]}\n\n'
+SSE_CALL = b'{"tool_calls":[{"function":{"name":"f","arguments":"{}"}}]}'
+SSE_QUOTES = b"data: %s\n\n" % json.dumps(
+    {"model": "m", "choices": [{"delta": {"content": '"finish_reason":"stop","choices":[]'}}]}
+).encode()
+TEXT_TOKEN = b'data: {"choices":[{"text":"x","index":0,"finish_reason":null}],"model":"m"}\n\n'
+TEXT_LAST = b'data: {"choices":[{"text":"","index":0,"finish_reason":"length"}],"model":"m"}\n\n'
+MESSAGE_FRAME = (
+    b"event: message_start\ndata: {}\n\nevent: content_block_start\ndata: {}\n\nevent: ping\ndata: {}\n\n",
+    b"event: content_block_stop\ndata: {}\n\nevent: message_delta\ndata: {}\n\nevent: message_stop\ndata: {}\n\n",
+)
+MESSAGE_QUOTES = b'{"t":"event: content_block_delta\\ndata: ",'
+RESPONSE_TOKEN = b'event: response.output_text.delta\ndata: {"delta":"x"}\n\n'
 CHAT, CHAT_SSE, MESSAGES = Ending.NDJSON_DONE, Ending.SSE_DONE, Ending.MESSAGE_STOP
 
 Verdict = tuple[bool, bool, int]
@@ -59,6 +74,19 @@ STORIES: list[tuple[str, Ending, bytes, Verdict]] = [
     ("SSE without its end", CHAT_SSE, SSE_TOKEN * 2, (False, False, 2)),
     ("SSE that speaks of its end", CHAT_SSE, SSE_TOKEN.replace(b"x", b"data: [DONE]"), (False, False, 1)),
     ("SSE with an error", CHAT_SSE, SSE_TOKEN + b'data: {"error":{"message":"boom"}}\n\n', (False, True, 1)),
+    ("SSE that says why it ends", CHAT_SSE, SSE_TOKEN + SSE_LAST + SSE_USAGE + b"data: [DONE]\n\n", (True, False, 1)),
+    ("SSE with blanks", CHAT_SSE, SSE_LAST.replace(b'":', b'" : ').replace(b'"stop', b' "stop'), (False, False, 0)),
+    ("SSE whose last chunk has a token", CHAT_SSE, SSE_LAST.replace(b"{}", b'{"content":"x"}'), (False, False, 1)),
+    ("SSE that ends with empty content", CHAT_SSE, SSE_LAST.replace(b"{}", b'{"content":""}'), (False, False, 0)),
+    ("SSE that ends with a tool's call", CHAT_SSE, SSE_LAST.replace(b"{}", SSE_CALL), (False, False, 1)),
+    ("SSE that speaks of why it ends", CHAT_SSE, SSE_QUOTES, (False, False, 1)),
+    ("SSE of a runner that died", CHAT_SSE, SSE_TOKEN + SSE_DEAD, (False, False, 1)),
+    ("completions", CHAT_SSE, TEXT_TOKEN + TEXT_LAST + b"data: [DONE]\n\n", (True, False, 1)),
+    ("messages with all that is around", MESSAGES, (MESSAGE_TOKEN * 2).join(MESSAGE_FRAME), (True, False, 2)),
+    ("messages that speak of a token", MESSAGES, MESSAGE_TOKEN.replace(b"{", MESSAGE_QUOTES), (False, False, 1)),
+    ("responses with all that is around", Ending.RESPONSE_COMPLETED,
+     b"event: response.created\ndata: {}\n\n" + RESPONSE_TOKEN * 2 + b"event: response.output_text.done\ndata: {}\n\n",
+     (False, False, 2)),
     ("messages", MESSAGES, MESSAGE_TOKEN + b"event: message_stop\ndata: {}\n\n", (True, False, 1)),
     ("messages with an error", MESSAGES, MESSAGE_TOKEN + b"event: error\ndata: {}\n\n", (False, True, 1)),
     ("messages that speak of it", MESSAGES, MESSAGE_TOKEN.replace(b"{", b'{"t":"event: error",'), (False, False, 1)),
@@ -111,6 +139,25 @@ def test_recordings(name: str, ending: Ending, complete: bool, failed: bool) -> 
     answer = parse(load(name).response)
     found = watched(ending, answer.body)
     assert found[:2] == (complete, failed)
+
+
+@pytest.mark.parametrize(("name", "ending", "n_tokens"), [
+    ("chat_stream_warm", CHAT, 4),
+    ("generate_stream", CHAT, 4),
+    ("v1_chat_stream", CHAT_SSE, 4),
+    ("v1_chat_stream_usage", CHAT_SSE, 4),
+    ("v1_completions_stream", CHAT_SSE, 4),
+    ("v1_messages_stream", MESSAGES, 4),
+])  # fmt: skip
+def test_as_many_tokens_as_the_recording_says(name: str, ending: Ending, n_tokens: int) -> None:
+    assert watched(ending, parse(load(name).response).body)[2] == n_tokens
+
+
+def test_no_token_is_counted_for_a_runner_that_died() -> None:
+    body = parse(load("v1_chat_runner_killed_midstream").response).body
+    n_empty = body.count(b'"delta":{"content":""}')
+    assert n_empty == 1
+    assert watched(CHAT_SSE, body)[2] == body.count(b"data: ") - n_empty
 
 
 @pytest.mark.parametrize(("data", "expected"), [
