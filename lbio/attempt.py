@@ -63,8 +63,11 @@ class AttemptRun:
         "_core",
         "_head_bytes_max",
         "_left",
+        "_parked",
         "_reported",
         "_scope",
+        "_telling",
+        "_unsent",
         "answer",
         "attempt_id",
         "chosen",
@@ -91,7 +94,10 @@ class AttemptRun:
         self._buffer_bytes_max = buffer_bytes_max
         self._scope = anyio.CancelScope()
         self._connection: Connection | None = None
+        self._unsent: list[bytes] = []  # what of the request is still to be sent on the connection
         self._reported = False  # its end was told to the core
+        self._parked = False  # its task waits for nothing but to be chosen or cancelled
+        self._telling = False  # its task is telling the core something, and so is not waiting
         self._left = anyio.Event()  # the task reads no more
 
     def __repr__(self) -> str:
@@ -99,19 +105,34 @@ class AttemptRun:
 
     # --- called by the driver, never waiting ---------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Send the request now if an idle connection is there to take it, so that no racer waits for the others' tasks.
+
+        A request that changes something is never put on such a one: if it has died, the request could have been
+        carried out.
+        """
+        if self.exchange.request.facts.kind is RequestKind.MANAGE:
+            return
+        connection = self._connection = self.endpoint.pooled()
+        if connection is not None:
+            self._unsent = self._wire()
+            self._unsent[0] = self._unsent[0][connection.send_nowait(self._unsent[0]) :]
+
     def choose(self, *, passed_on: bool) -> None:
         """Hand the answer over to the client's connection."""
         self.chosen = True
         self.exchange.choose(self, passed_on=passed_on)
-        self._scope.cancel()
+        if not self._telling:
+            self._scope.cancel()
 
     def cancel(self) -> None:
         """Close the connection now."""
         self._reported = True
-        self._scope.cancel()
         connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
+        # The task waits for the connection, and wakes as that is closed; cancelling the scope as well would cost more
+        # than all the rest of this, which the other losers of a race are waiting for.
+        if connection is None or not connection.close() or self._parked:
+            self._scope.cancel()
         if self.chosen:
             self.exchange.relay_scope.cancel()
 
@@ -149,6 +170,8 @@ class AttemptRun:
             connection.close()
 
     async def _run(self) -> None:
+        if self._reported:
+            return  # cancelled before it could begin
         try:
             head = await self._send()
         except ConnectError as error:
@@ -180,14 +203,11 @@ class AttemptRun:
     async def _send(self) -> ResponseHead | None:
         """Send the request and return the head of the answer; None when the server closed without a byte.
 
-        A pooled connection may have died while it was idle: then the request is sent once more on a fresh one. A
-        request that changes something is never put on a pooled one, since it could have been carried out.
+        A pooled connection may have died while it was idle: then the request is sent once more on a fresh one.
         """
-        request = self.exchange.request
-        pooled = None if request.facts.kind is RequestKind.MANAGE else self.endpoint.pooled()
+        pooled = self._connection
         if pooled is not None:
-            self._connection = pooled
-            self._core.dispatch(AttemptConnected(self.attempt_id))
+            self._tell(AttemptConnected(self.attempt_id))
             received = pooled.reader.bytes_received
             try:
                 head = await self._ask(pooled)
@@ -201,28 +221,31 @@ class AttemptRun:
             self.endpoint.drop_idle()
         self._connection = None
         self._connection = fresh = await self.endpoint.dial()
+        self._unsent = self._wire()
         if pooled is None:
-            self._core.dispatch(AttemptConnected(self.attempt_id))
+            self._tell(AttemptConnected(self.attempt_id))
         return await self._ask(fresh)
 
-    async def _ask(self, connection: Connection) -> ResponseHead | None:
+    def _wire(self) -> list[bytes]:
         request = self.exchange.request
-        connection.n_requests += 1
         head, body = request.head_for(self.endpoint.authority), request.body
+        return [head + body] if len(body) <= _JOIN_BYTES_MAX else [head, body]
+
+    async def _ask(self, connection: Connection) -> ResponseHead | None:
+        connection.n_requests += 1
+        unsent, self._unsent = self._unsent, []
         try:
-            if len(body) <= _JOIN_BYTES_MAX:
-                await connection.stream.send(head + body)
-            else:
-                await connection.stream.send(head)
-                await connection.stream.send(body)
+            for piece in unsent:
+                if piece:
+                    await connection.stream.send(piece)
         except anyio.BrokenResourceError:
             pass  # the server may have refused before the body was sent: its answer may still be there
-        return await read_response_head(connection, request.head.method, self._head_bytes_max)
+        return await read_response_head(connection, self.exchange.request.head.method, self._head_bytes_max)
 
     async def _read(self, answer: Answer) -> None:
         status = answer.head.status
         if status < 400:
-            self._core.dispatch(HeadReceived(self.attempt_id, status))
+            self._tell(HeadReceived(self.attempt_id, status))
         begun = False
         full = False
         while not answer.ended:
@@ -232,7 +255,7 @@ class AttemptRun:
             answer.held += payload
             if not begun and status < 400 and (answer.watcher.n_tokens if answer.streams else payload):
                 begun = True
-                self._core.dispatch(FirstTokenReceived(self.attempt_id))
+                self._tell(FirstTokenReceived(self.attempt_id))
             if self._is_over():
                 return
             if not full and len(answer.held) > self._buffer_bytes_max:
@@ -240,6 +263,7 @@ class AttemptRun:
                 self._overflow(answer)
                 if self._is_over():
                     return
+                self._parked = True
                 await anyio.sleep_forever()  # until it is chosen or cancelled; the server feels it as backpressure
         self.report_end(answer)
 
@@ -249,7 +273,7 @@ class AttemptRun:
 
     def _overflow(self, answer: Answer) -> None:
         if answer.head.status < 400:
-            self._core.dispatch(BufferFilled(self.attempt_id))
+            self._tell(BufferFilled(self.attempt_id))
         else:
             self._fail(
                 reason_of(answer.head.status, answer.held, passed_through=False),
@@ -268,7 +292,7 @@ class AttemptRun:
             self._fail(verdict, "", status=status, answered=verdict is Reason.ERROR_LINE)
         elif not self._reported:
             self._reported = True
-            self._core.dispatch(StreamEnded(self.attempt_id))
+            self._tell(StreamEnded(self.attempt_id))
 
     def report_broken(self, reason: Reason, detail: str) -> None:
         """Tell the core that the committed answer broke off."""
@@ -277,7 +301,14 @@ class AttemptRun:
     def _fail(self, reason: Reason, detail: str, *, status: int = 0, answered: bool = False) -> None:
         if not self._reported:
             self._reported = True
-            self._core.dispatch(AttemptFailed(self.attempt_id, reason, status, detail, answered=answered))
+            self._tell(AttemptFailed(self.attempt_id, reason, status, detail, answered=answered))
+
+    def _tell(self, event: Event) -> None:
+        self._telling = True
+        try:
+            self._core.dispatch(event)
+        finally:
+            self._telling = False
 
 
 def _is_model_output(head: ResponseHead) -> bool:

@@ -15,6 +15,7 @@ from lbcore.config import Strategy
 from lbcore.ollama import Shape, find_route, shape_of
 from lbcore.schema import SECOND_NS
 from lbio.admin import Admin
+from lbio.attempt import AttemptRun
 from lbio.bodies import read_facts
 from lbio.client import ClientGone, ClientStream
 from lbio.driver import Driver
@@ -179,12 +180,14 @@ class ClientConnection:
         except ValueError as error:
             return await self._respond(error_answer(shape_of(head.path), 400, f"illegal header: {error}"), head)
         exchange = self._driver.open(request)
+        exchange.on_chosen = self._begin_relay
         keep = False
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._watch, exchange, tasks.cancel_scope)
                 await exchange.decided.wait()
-                keep = await self._relay(exchange)
+                relay = exchange.relay
+                keep = await (relay.run() if relay is not None else self._refuse(exchange))
                 tasks.cancel_scope.cancel()
         except* (ClientGone, anyio.BrokenResourceError, anyio.ClosedResourceError):
             keep = False
@@ -205,24 +208,25 @@ class ClientConnection:
         parts = head_parts(head, headers)
         return ClientRequest(number, tag, head, route, shape_of(head.path), facts, body, parts)
 
-    async def _relay(self, exchange: Exchange) -> bool:
-        request = exchange.request
-        ours = [
-            (b"X-Ollama-LB-Request-Id", request.tag.encode()),
-            (b"X-Ollama-LB-Attempts", b"%d" % exchange.n_attempts),
-        ]
-        if exchange.rejected is not None or exchange.chosen is None or exchange.chosen.answer is None:
-            refusal = exchange.rejected
-            status, message = (refusal.status, refusal.message) if refusal is not None else (502, "no answer")
-            retry_after_s = refusal.retry_after_s if refusal is not None else 0
-            answer = error_answer(request.shape, status, message, request.tag, retry_after_s=retry_after_s)
-            return await self._respond(answer, request.head, extra=tuple(ours))
-        run = exchange.chosen
-        ours.insert(0, (b"X-Ollama-LB-Server", run.endpoint.name.encode()))
-        close = self._must_close(request.head)
-        return await Relay(exchange, run, exchange.chosen.answer, self._client, self._driver).run(
-            close=close, ours=tuple(ours)
-        )
+    def _begin_relay(self, exchange: Exchange, run: AttemptRun) -> None:
+        if run.answer is not None:
+            exchange.relay = Relay(exchange, run, run.answer, self._client, self._driver)
+            ours = ((b"X-Ollama-LB-Server", run.endpoint.name.encode()), *_about(exchange))
+            exchange.relay.begin(close=self._must_close(exchange.request.head), ours=ours)
+
+    async def _refuse(self, exchange: Exchange) -> bool:
+        request, refusal = exchange.request, exchange.rejected
+        status, message = (refusal.status, refusal.message) if refusal is not None else (502, "no answer")
+        retry_after_s = refusal.retry_after_s if refusal is not None else 0
+        answer = error_answer(request.shape, status, message, request.tag, retry_after_s=retry_after_s)
+        return await self._respond(answer, request.head, extra=_about(exchange))
+
+
+def _about(exchange: Exchange) -> HeaderPairs:
+    return (
+        (b"X-Ollama-LB-Request-Id", exchange.request.tag.encode()),
+        (b"X-Ollama-LB-Attempts", b"%d" % exchange.n_attempts),
+    )
 
 
 def _connection_header(head: RequestHead | None, *, close: bool) -> list[tuple[bytes, bytes]]:

@@ -158,6 +158,7 @@ class Driver:
             limits.buffer_bytes_max,
         )
         self._runs[command.attempt_id] = exchange.runs[command.attempt_id] = run
+        run.begin()
         self.tasks.start_soon(self._run_attempt, run)
 
     async def _run_attempt(self, run: AttemptRun) -> None:

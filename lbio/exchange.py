@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from lbio.http1 import Headers, RequestHead, serialize_request
 
 if TYPE_CHECKING:
     from lbio.attempt import AttemptRun
+    from lbio.relay import Relay
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,10 @@ class Exchange:
         "chosen",
         "decided",
         "n_attempts",
+        "on_chosen",
         "passed_on",
         "rejected",
+        "relay",
         "relay_scope",
         "request",
         "runs",
@@ -64,6 +68,8 @@ class Exchange:
         self.runs: dict[int, AttemptRun] = {}  # those whose answer may still be wanted
         self.decided = anyio.Event()
         self.chosen: AttemptRun | None = None  # whose answer the client gets
+        self.on_chosen: Callable[[Exchange, AttemptRun], None] | None = None  # begins `relay`
+        self.relay: Relay | None = None
         self.passed_on = False  # it is an error, held whole
         self.rejected: RejectRequest | None = None  # an answer of our own instead
         self.aborted: str | None = None  # why a committed stream ends early
@@ -74,6 +80,8 @@ class Exchange:
         """Give the client this attempt's answer."""
         self.chosen = run
         self.passed_on = passed_on
+        if self.on_chosen is not None:
+            self.on_chosen(self, run)
         self.decided.set()
 
     def reject(self, command: RejectRequest) -> None:

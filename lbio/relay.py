@@ -33,7 +33,19 @@ class Core(Protocol):
 class Relay:
     """Gives one client the answer that was chosen for it."""
 
-    __slots__ = ("_answer", "_client", "_core", "_exchange", "_framing", "_is_line_open", "_run", "_tail")
+    __slots__ = (
+        "_answer",
+        "_client",
+        "_close",
+        "_core",
+        "_exchange",
+        "_framing",
+        "_is_line_open",
+        "_problem",
+        "_run",
+        "_tail",
+        "_unsent",
+    )
 
     def __init__(self, exchange: Exchange, run: AttemptRun, answer: Answer, client: ClientStream, core: Core) -> None:
         self._exchange = exchange
@@ -42,20 +54,41 @@ class Relay:
         self._client = client
         self._core = core
         self._framing = Framing.NONE
+        self._close = True
+        self._unsent = b""
+        self._problem: Exception | None = None  # why it could not begin
         self._tail = b""  # the beginning of a line, kept back until the rest of it has come
         self._is_line_open = False  # the client has got the beginning of a line
 
-    async def run(self, *, close: bool, ours: HeaderPairs) -> bool:
-        """Relay to the end; return whether the connection can carry another request. Raises ClientGone."""
-        request, answer = self._exchange.request, self._answer
-        headers, self._framing = downstream_headers(answer.head, request.head, close=close, ours=ours)
-        with self._exchange.relay_scope:
+    def begin(self, *, close: bool, ours: HeaderPairs) -> None:
+        """Write the head and what is held, as far as the socket takes it; what goes wrong shows in `run`.
+
+        Called as the answer is chosen: the client has its first token before the losers are let go.
+        """
+        self._close = close
+        try:
+            answer = self._answer
+            headers, self._framing = downstream_headers(
+                answer.head, self._exchange.request.head, close=close, ours=ours
+            )
             held = bytes(answer.held)
             answer.held.clear()
             head = serialize_response(answer.head.status, headers, answer.head.reason)
-            await self._write(head + self._framed(self._whole_lines(held)))
+            data = head + self._framed(self._whole_lines(held))
+            self._unsent = data[self._client.write_nowait(data) :]
+        except Exception as error:  # noqa: BLE001  it is the client's connection that fails, not the core's commands
+            self._problem = error
+
+    async def run(self) -> bool:
+        """Relay the rest; return whether the connection can carry another request. Raises ClientGone."""
+        if self._problem is not None:
+            raise self._problem
+        with self._exchange.relay_scope:
+            if self._unsent:
+                await self._write(self._unsent)
+                self._unsent = b""
             await self._pump()
-        return await self._end() and not close and self._framing is not Framing.CLOSE
+        return await self._end() and not self._close and self._framing is not Framing.CLOSE
 
     async def _pump(self) -> None:
         answer, run, core = self._answer, self._run, self._core
@@ -109,7 +142,7 @@ class Relay:
             if answer.ended and self._framing is Framing.CHUNKED:
                 await self._client.write(LAST_CHUNK)
             return answer.ended
-        if self._client.writing or not answer.streams or self._framing is Framing.LENGTH:
+        if self._client.writing or self._unsent or not answer.streams or self._framing is Framing.LENGTH:
             return False  # the message cannot be completed: closing early is what tells the client
         if not answer.watcher.failed:  # else the server has told of the error itself
             break_line = b"\n\n" if self._is_line_open else b""

@@ -15,7 +15,7 @@ from lbcore.ollama import Ending
 from lbio.addresses import parse_server_url
 from lbio.http1 import ChunkedDecoder, Framing, HttpError, IncompleteBody, Reader, ResponseHead, parse_response_head
 from lbio.settings import PoolSettings
-from lbio.streams import close_now, connect, connect_tls
+from lbio.streams import SocketStream, close_now, connect, connect_tls
 from lbio.watchers import Watcher
 
 _STREAM_TYPES = (b"application/x-ndjson", b"text/event-stream")
@@ -57,9 +57,19 @@ class Connection:
             return False
         return False
 
-    def close(self) -> None:
-        """Close at once."""
+    def send_nowait(self, data: bytes) -> int:
+        """Send what goes out at once; return how much that was. An error shows at the next call that waits."""
+        if not isinstance(self.stream, SocketStream):
+            return 0
+        try:
+            return self.stream.send_nowait(data)
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+            return 0
+
+    def close(self) -> bool:
+        """Close at once; tell whether that wakes a task which waits for bytes (not in memory, as in tests)."""
         close_now(self.stream)
+        return isinstance(self.stream, SocketStream)
 
 
 class Endpoint:
