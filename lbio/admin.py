@@ -12,14 +12,14 @@ from urllib.parse import unquote, urlsplit
 from lbcore.config import ServerSettings
 from lbcore.events import ServerAdded, ServerRemovalRequested, SyncRequested
 from lbcore.ollama import Shape
-from lbcore.parsing import RefusedError
+from lbcore.parsing import RefusedError, quote
 from lbcore.records import Server
 from lbio.addresses import parse_name, parse_server_url
 from lbio.driver import Driver
 from lbio.http1 import RequestHead
 from lbio.local import TEXT, LocalAnswer, error_answer, json_answer
 from lbio.settings import AdminAccess
-from lbio.status import as_table, status
+from lbio.status import as_table, server_status, status
 
 _SERVERS = "/servers/"
 
@@ -46,8 +46,10 @@ class Admin:
 
     async def answer(self, head: RequestHead, body: bytes, peer: str) -> LocalAnswer:
         """Carry out a management request from `peer`."""
-        if self._driver.app.admin.allow is AdminAccess.LOOPBACK and not _is_local(head, peer):
-            return _error(403, 'management is allowed from this machine only (admin.allow = "any" opens it)')
+        if self._driver.app.admin.allow is AdminAccess.LOOPBACK and (why := _why_foreign(head, peer)):
+            return _error(
+                403, f'management is allowed from this machine only, and {why} (admin.allow = "any" opens it to all)'
+            )
         if not _has_local_origin(head):
             return _error(403, "management is not allowed to web pages from elsewhere (the Origin header is foreign)")
         method, carry_out = self._methods[_SERVERS if head.path.startswith(_SERVERS) else head.path]
@@ -56,7 +58,7 @@ class Admin:
         return await carry_out(head, body)
 
     async def _status(self, head: RequestHead, _body: bytes) -> LocalAnswer:
-        told = status(self._driver.balancer, self._driver.clock())
+        told = status(self._driver.balancer, self._driver.totals, self._driver.clock())
         if b"text/plain" in (head.header(b"accept") or b""):
             return LocalAnswer(200, TEXT, as_table(told).encode())
         return json_answer(200, told)
@@ -80,8 +82,7 @@ class Admin:
             if added is not None:
                 self._driver.dispatch(ServerRemovalRequested(added.id))
             return _error(502, f"not added, since it cannot be used now: {detail}")
-        told = status(self._driver.balancer, self._driver.clock())
-        return json_answer(200, next(server for server in told["servers"] if server["name"] == parsed.name))
+        return json_answer(200, server_status(added, self._driver.clock()))
 
     async def _remove_server(self, head: RequestHead, _body: bytes) -> LocalAnswer:
         name = unquote(head.path.removeprefix(_SERVERS))
@@ -105,11 +106,15 @@ class Admin:
         )
 
 
-def _is_local(head: RequestHead, peer: str) -> bool:
-    """Tell whether a request was made on this machine, not through another proxy and not by a rebound name."""
-    if head.header(b"x-forwarded-for") is not None or head.header(b"forwarded") is not None:
-        return False
-    return _is_loopback(peer) and _is_own_name((head.header(b"host") or b"").decode("latin-1"))
+def _why_foreign(head: RequestHead, peer: str) -> str:
+    """Return why a request was not made on this machine, "" if it was: not through a proxy nor by a rebound name."""
+    for name in ("X-Forwarded-For", "Forwarded"):
+        if head.header(name.lower().encode()) is not None:
+            return f"this request came through a proxy, which says so in the header {name}"
+    if not _is_loopback(peer):
+        return f"this request came from {peer}"
+    host = (head.header(b"host") or b"").decode("latin-1")
+    return "" if _is_own_name(host) else f"the Host of this request is {quote(host)}, which may be anybody's name"
 
 
 def _is_loopback(host: str) -> bool:

@@ -32,6 +32,7 @@ from lbio.logs import Log
 from lbio.prober import Probe
 from lbio.settings import AppConfig
 from lbio.tls import client_context
+from lbio.totals import Totals
 from lbio.upstream import Endpoint
 
 
@@ -46,6 +47,7 @@ class Driver:
         self.log = log
         self.clock = clock
         self.tasks = tasks
+        self.totals = Totals(clock())
         self._exchanges: dict[int, Exchange] = {}
         self._runs: dict[int, AttemptRun] = {}
         self._probes: dict[int, Probe] = {}
@@ -64,7 +66,7 @@ class Driver:
             StartProbe: self._start_probe,
             CancelProbe: self._cancel_probe,
             ForgetServer: self._forget_server,
-            RecordDecision: log.decision,
+            RecordDecision: self._record_decision,
         }
 
     # --- events --------------------------------------------------------------------------------------------
@@ -148,6 +150,7 @@ class Driver:
     def _start_attempt(self, command: StartAttempt) -> None:
         exchange = self._exchanges[command.request_id]
         exchange.n_attempts += 1
+        self.totals.attempts[command.kind] += 1
         limits = self.app.limits
         run = AttemptRun(
             command.attempt_id,
@@ -193,6 +196,10 @@ class Driver:
         exchange = self._exchanges.get(command.request_id)
         if exchange is not None:
             exchange.abort(command.message)
+
+    def _record_decision(self, decision: RecordDecision) -> None:
+        self.totals.decisions[decision.decision] += 1
+        self.log.decision(decision)
 
     # --- servers -------------------------------------------------------------------------------------------
 

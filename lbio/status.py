@@ -8,22 +8,34 @@ from typing import Any
 from lbcore.balancer import LoadBalancer
 from lbcore.records import Server, ServerModel
 from lbcore.schema import MS_NS, SECOND_NS
+from lbio.totals import Totals
+from lbio.words import counted
 
 
-def status(balancer: LoadBalancer, now_ns: int) -> dict[str, Any]:
-    """Return the state of the fleet. Times are seconds ago, or milliseconds where the name says so."""
+def status(balancer: LoadBalancer, totals: Totals, now_ns: int) -> dict[str, Any]:
+    """Return the state of the fleet, what is under way now, and what has come of requests since the start.
+
+    Times are seconds, or milliseconds where the name says so.
+    """
     ledger = balancer.ledger
     return {
-        "servers": [_server(server, now_ns) for server in balancer.fleet],
+        "servers": [server_status(server, now_ns) for server in balancer.fleet],
         "requests": len(ledger.requests),
         "queued": len(ledger.queue),
         "attempts": len(ledger.attempts),
         "retries": ledger.retry_budget.under_way,
-        "wasted_tokens": ledger.wasted_tokens,
+        "since_start": {
+            "seconds": round((now_ns - totals.since_ns) / SECOND_NS, 1),
+            "requests": totals.outcomes(),
+            "attempts": {str(kind): number for kind, number in totals.attempts.items()},
+            "wasted_tokens": ledger.wasted_tokens,
+            "late_events": ledger.late_events,
+        },
     }
 
 
-def _server(server: Server, now_ns: int) -> dict[str, Any]:
+def server_status(server: Server, now_ns: int) -> dict[str, Any]:
+    """Return the state of one server."""
     return {
         "name": server.name,
         "url": server.settings.url,
@@ -73,11 +85,22 @@ _COLUMNS = (
 def as_table(told: dict[str, Any]) -> str:
     """Return the same for people: a line for each server."""
     lines = align([_COLUMNS, *(_row(server) for server in told["servers"])])
-    summary = (
-        f"now: {told['requests']} requests in flight, {told['queued']} queued, {told['attempts']} attempts,"
-        f" {told['retries']} retries; since the start: {told['wasted_tokens']} tokens wasted"
+    now = (
+        f"now: {counted(told['requests'], 'request')} ({told['queued']} queued), "
+        f"{counted(told['attempts'], 'attempt')} ({counted(told['retries'], 'retry')})"
     )
-    return f"{lines}\n\n{summary}\n"
+    return f"{lines}\n\n{now}\n{_since_start(told['since_start'])}\n"
+
+
+def _since_start(told: dict[str, Any]) -> str:
+    ends = ", ".join(f"{number} {outcome}" for outcome, number in told["requests"].items())
+    kinds = ", ".join(f"{number} {kind}" for kind, number in told["attempts"].items() if number)
+    n_attempts = sum(told["attempts"].values())
+    return (
+        f"since the start, {told['seconds']:.0f} s ago: {counted(sum(told['requests'].values()), 'request')} ({ends}); "
+        f"{counted(n_attempts, 'attempt')}{f' ({kinds})' if kinds else ''}; "
+        f"{counted(told['wasted_tokens'], 'token')} wasted; {counted(told['late_events'], 'late event')}"
+    )
 
 
 def _row(server: dict[str, Any]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from lbcore.parsing import ABSENT, Problem
 from lbcore.schema import format_value, walk
 from lbcore.units import format_duration
 from lbio.settings import AppConfig
+from lbio.words import counted
 
 
 def summary_lines(app: AppConfig) -> Iterator[str]:
@@ -30,7 +31,7 @@ def summary_lines(app: AppConfig) -> Iterator[str]:
 
 
 def _server_row(server: ServerSettings) -> tuple[str, ...]:
-    slots = _counted(server.slots, "slot")
+    slots = counted(server.slots, "slot")
     return server.name, server.url, f"{slots} a model, at most {server.in_flight_max} in flight"
 
 
@@ -46,15 +47,11 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
         yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def _route_text(route: RouteSettings, measure: str) -> str:
     """Return a route's settings in words: "race: 1 racer, up to 2 within the budget; 1 hedge; winner first-token"."""
     parts = [
         _racers_text(route) if route.strategy is Strategy.RACE else "",
-        _counted(route.hedges_max, "hedge") if route.strategy in {Strategy.RACE, Strategy.HEDGE} else "",
+        counted(route.hedges_max, "hedge") if route.strategy in {Strategy.RACE, Strategy.HEDGE} else "",
         _winner_text(route, measure) if route.strategy in {Strategy.RACE, Strategy.HEDGE} else "",
     ]
     told = "; ".join(part for part in parts if part)
@@ -62,7 +59,7 @@ def _route_text(route: RouteSettings, measure: str) -> str:
 
 
 def _racers_text(route: RouteSettings) -> str:
-    least = _counted(route.racers_min, "racer")
+    least = counted(route.racers_min, "racer")
     return least if route.racers_min == route.racers_max else f"{least}, up to {route.racers_max} within the budget"
 
 

@@ -68,6 +68,78 @@ async def test_status_counts_what_is_under_way() -> None:
         assert (told["requests"], told["servers"][0]["in_flight"]) == (1, 1)
 
 
+async def since_start(rig: Rig) -> dict[str, Any]:
+    told = body_of(await rig.ask("GET", "/status"))["since_start"]
+    assert isinstance(told, dict)
+    return told
+
+
+async def test_status_totals_begin_at_nothing() -> None:
+    async with balanced(specs("a")) as rig:
+        told = await since_start(rig)
+    assert told.pop("seconds") >= 0
+    assert told == {
+        "requests": {"done": 0, "rejected": 0, "failed": 0, "aborted": 0},
+        "attempts": {"primary": 0, "racer": 0, "hedge": 0, "retry": 0, "resume": 0},
+        "wasted_tokens": 0,
+        "late_events": 0,
+    }
+
+
+async def test_status_totals_count_each_way_a_request_ends() -> None:
+    async with balanced(specs("a", token_ms=20), race={"hedges_max": 0}) as rig:
+        for _ in range(2):
+            await rig.chat(options={"num_predict": 1})
+        async with client(rig) as leaving:
+            await leaving.send(chat_request())
+            await leaving.until(b'"done":false')
+        await until(lambda: rig.n_requests == 0)
+        rig.fleet[0].set_fault(Fault(FaultKind.ERROR_500))
+        await rig.chat()
+        await rig.fleet[0].stop()
+        await rig.ask("POST", "/sync_servers")
+        await rig.chat()
+        told = (await since_start(rig))["requests"]
+    assert (told["done"], told["aborted"], sum(told.values())) == (2, 1, 5)
+
+
+async def test_status_totals_count_attempts_by_kind_and_what_they_wasted() -> None:
+    async with balanced(specs("a", "b", first_token_ms=5), race={"racers_min": 2}) as rig:
+        await rig.chat()
+        told = await since_start(rig)
+    assert (told["attempts"]["primary"], told["attempts"]["racer"], told["requests"]["done"]) == (1, 1, 1)
+    assert told["wasted_tokens"] >= 0
+
+
+async def test_status_totals_count_retries() -> None:
+    async with balanced(specs("a", "b"), race={"racers_max": 1, "hedges_max": 0}) as rig:
+        for fake in rig.fleet:
+            fake.set_fault(Fault(FaultKind.BUSY_503))
+        await rig.chat()
+        told = await since_start(rig)
+    assert (told["attempts"]["primary"], told["attempts"]["retry"]) == (1, 1)
+
+
+async def test_status_totals_count_hedges() -> None:
+    hedge: dict[str, Any] = {"racers_max": 1, "hedge_delay_min": "5ms", "hedge_delay_initial": "5ms"}
+    async with balanced(specs("a", "b", first_token_ms=100), race=hedge) as rig:
+        await rig.chat()
+        told = await since_start(rig)
+    assert told["attempts"]["hedge"] == 1
+
+
+async def test_status_totals_for_people() -> None:
+    async with balanced(specs("a")) as rig:
+        await rig.chat()
+        answer = await rig.send(request("GET", "/status").replace(b"\r\n", b"\r\nAccept: text/plain\r\n", 1))
+    now, since = answer.body.decode().splitlines()[-2:]
+    assert now == "now: 0 requests (0 queued), 0 attempts (0 retries)"
+    assert since.endswith(
+        "s ago: 1 request (1 done, 0 rejected, 0 failed, 0 aborted); 1 attempt (1 primary); "
+        "0 tokens wasted; 0 late events"
+    )
+
+
 async def test_status_as_a_table_for_people() -> None:
     async with balanced(specs("first", "second")) as rig:
         answer = await rig.send(request("GET", "/status").replace(b"\r\n", b"\r\nAccept: text/plain\r\n", 1))
@@ -247,6 +319,18 @@ async def test_others_are_refused(line: bytes) -> None:
         answer = await rig.send(with_header(line))
     assert answer.status == 403
     assert "not allowed" in error_of(answer) or "only" in error_of(answer)
+
+
+@pytest.mark.parametrize(("line", "why"), [
+    (b"X-Forwarded-For: 127.0.0.1", "came through a proxy, which says so in the header X-Forwarded-For"),
+    (b"Forwarded: for=127.0.0.1", "came through a proxy, which says so in the header Forwarded"),
+    (b"Host: evil.example:1", 'the Host of this request is "evil.example:1"'),
+])  # fmt: skip
+async def test_who_is_refused_is_told_why(line: bytes, why: str) -> None:
+    async with balanced(specs("a")) as rig:
+        answer = await rig.send(with_header(line))
+    assert why in error_of(answer)
+    assert 'admin.allow = "any"' in error_of(answer)
 
 
 @pytest.mark.parametrize("line", [
