@@ -12,6 +12,7 @@ from typing import Any
 from lbcore.commands import Decision, RecordDecision
 from lbcore.schema import MS_NS
 from lbio.exchange import ClientRequest
+from lbio.late_writer import LateWriter
 from lbio.settings import LogFormat, LogSettings
 
 _log = logging.getLogger("ollama_lb")
@@ -20,11 +21,19 @@ _log = logging.getLogger("ollama_lb")
 def set_up(settings: LogSettings) -> None:
     """Send what is logged to standard error, in the format and from the level asked for."""
     logging.raiseExceptions = False  # a log that cannot be written (a closed pipe, a full disk) is no reason to stop
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _handler()
     handler.setFormatter(_JsonFormatter() if settings.format is LogFormat.JSON else _TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.level.upper())
+
+
+def _handler() -> logging.Handler:
+    try:
+        number = sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):  # closed, or not a file
+        return logging.StreamHandler(sys.stderr)
+    return LateWriter(open(number, "wb", buffering=0, closefd=False))
 
 
 class _TextFormatter(logging.Formatter):
@@ -48,8 +57,29 @@ class _JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "message": record.getMessage(),
         }
-        fields.update(getattr(record, "fields", {}))
-        return json.dumps(fields, ensure_ascii=False)
+        if isinstance(record.msg, _Told):
+            fields |= record.msg.fields()
+        return _to_json(fields)
+
+
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+class _Told:
+    """A decision as the message of a log record: put into words only when it is written."""
+
+    __slots__ = ("_decision", "_request")
+
+    def __init__(self, decision: RecordDecision, request: ClientRequest | None) -> None:
+        self._decision = decision
+        self._request = request
+
+    def __str__(self) -> str:
+        return in_words(self._decision, self._request)
+
+    def fields(self) -> dict[str, Any]:
+        """Return what it consists of."""
+        return _fields(self._decision, self._request)
 
 
 class Log:
@@ -57,7 +87,6 @@ class Log:
 
     def __init__(self, settings: LogSettings) -> None:
         self._enabled = settings.decisions and _log.isEnabledFor(logging.INFO)
-        self._as_json = settings.format is LogFormat.JSON
         self._requests: dict[int, ClientRequest] = {}
 
     def request(self, request: ClientRequest) -> None:
@@ -72,9 +101,10 @@ class Log:
     def decision(self, decision: RecordDecision) -> None:
         """Write one decision of the core."""
         if self._enabled:
-            request = self._requests.get(decision.request_id)
-            extra = {"fields": _fields(decision, request)} if self._as_json else None
-            _log.log(_LEVELS.get(decision.decision, logging.INFO), "%s", in_words(decision, request), extra=extra)
+            told = _Told(decision, self._requests.get(decision.request_id))
+            level = _LEVELS.get(decision.decision, logging.INFO)
+            # Not `_log.log`, which looks for the line of code that called it.
+            _log.handle(logging.LogRecord(_log.name, level, __file__, 0, told, (), None))
 
     def defect(self, error: BaseException) -> None:
         """Write that the program itself has a defect; the trace only when asked for."""
