@@ -1,28 +1,55 @@
 """What a fake Ollama answers to a request: routing, CORS, checks, errors in Ollama's words. Pure.
 
-`handle` gives a `Reply`, complete, or a `Generation`: a job for the scheduler and the answer to be made once
-it has started. The recordings in tests/captures are the reference; `simulator.bodies` reads the bodies.
+`handle` gives a `Reply`, complete; or a `Generation`: a job for the scheduler and the answer to be made once
+it has started; or `Lines`, which come in their time. The recordings in tests/captures are the reference;
+`simulator.bodies` reads the bodies, `simulator.manage` answers what changes the models on disk.
 """
 
 import ipaddress
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from simulator.answers import DIALECTS, RUNNER_DIED, Answer, Api, Timing, go_json, hex_id, rfc3339
-from simulator.bodies import ApiError, Wish, parse, text_field, wish
-from simulator.fake_ollama import FakeModel, FakeOllama, Job, Notice, Work, canonical_name
+from simulator.bodies import ApiError, Wish, named, parse, wish
+from simulator.fake_ollama import FakeModel, FakeOllama, Job, Work, canonical_name
 from simulator.faults import FaultKind
 from simulator.listings import ps_line, shown, tags_line, v1_line
+from simulator.manage import copy, create, delete, pull, push
+from simulator.replies import (
+    JSON,
+    JSON_CHARSET,
+    Generation,
+    Handler,
+    HeaderPairs,
+    Lines,
+    Moment,
+    Reply,
+    Request,
+    Result,
+    in_order,
+)
 
-HeaderPairs = tuple[tuple[bytes, bytes], ...]
+__all__ = [
+    "Generation",
+    "HeaderPairs",
+    "Lines",
+    "Moment",
+    "Reply",
+    "Request",
+    "busy_reply",
+    "error_reply",
+    "fault_reply",
+    "generates",
+    "handle",
+    "single_reply",
+    "stream_headers",
+]
 
 BUSY = "server busy, please try again.  maximum pending requests exceeded"
 RUNNER_GONE = "llama runner process has terminated: exit status 2"
 
-_JSON_CHARSET: HeaderPairs = ((b"Content-Type", b"application/json; charset=utf-8"),)
-_JSON: HeaderPairs = ((b"Content-Type", b"application/json"),)
 _TEXT: HeaderPairs = ((b"Content-Type", b"text/plain"),)
 _CORS_HEADERS = (
     "Authorization,Content-Type,User-Agent,Accept,X-Requested-With,Openai-Beta,X-Stainless-Arch,"
@@ -36,50 +63,7 @@ _LOCAL_ORIGIN = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A request as far as Ollama looks at it."""
-
-    method: str
-    path: str
-    host: str = "localhost"
-    origin: str | None = None
-    body: bytes = b""
-
-
-class Moment(NamedTuple):
-    """When a request came (ns: the state's clock, and wall clock), and its number on this server."""
-
-    now_ns: int
-    wall_ns: int
-    serial: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A complete answer. Date and framing are for the driver, by Go's rule: chunked above 2,048 bytes."""
-
-    status: int
-    headers: HeaderPairs = ()
-    body: bytes = b""
-    chunked: bool = False  # even if short
-    notices: tuple[Notice, ...] = ()  # what the request did to the scheduler
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """An answer that needs a model first."""
-
-    job: Job
-    answer: Answer
-    headers: HeaderPairs = ()  # CORS
-    failure: Reply | None = None  # what comes of it instead, once the model is loaded
-
-
-Handler = Callable[[FakeOllama, Request, Moment], Reply | Generation]
-
-
-def handle(fake: FakeOllama, request: Request, moment: Moment) -> Reply | Generation:
+def handle(fake: FakeOllama, request: Request, moment: Moment) -> Result:
     """Answer one request, or say what must be generated."""
     methods = _methods(request.path)
     if methods is None and len(request.path) > 1 and request.path.endswith("/"):
@@ -97,7 +81,7 @@ def handle(fake: FakeOllama, request: Request, moment: Moment) -> Reply | Genera
         return Reply(403, allow)
     if handler is None:
         body = b"404 page not found" if methods is None else b"405 method not allowed"
-        return Reply(404 if methods is None else 405, _sorted(cors + allow + _TEXT), body)
+        return Reply(404 if methods is None else 405, in_order(cors + allow + _TEXT), body)
     try:
         result = handler(fake, request, moment)
     except ApiError as error:
@@ -105,15 +89,17 @@ def handle(fake: FakeOllama, request: Request, moment: Moment) -> Reply | Genera
     if not cors:
         return result
     if isinstance(result, Generation):
-        return Generation(result.job, result.answer, cors, result.failure)
-    headers = _sorted(cors + result.headers)
-    return Reply(result.status, headers, result.body, result.chunked, result.notices)
+        return replace(result, headers=cors)
+    if isinstance(result, Lines) and result.single is not None:
+        single = replace(result.single, headers=in_order(cors + result.single.headers))
+        return replace(result, single=single)
+    return replace(result, headers=in_order(cors + result.headers))
 
 
 def error_reply(path: str, error: ApiError, moment: Moment) -> Reply:
     """Return an error in the format of the path; the compatible APIs add a newline to errors from within."""
     if not path.startswith("/v1/"):
-        return Reply(error.status, _JSON_CHARSET, go_json({"error": error.message}))
+        return Reply(error.status, JSON_CHARSET, go_json({"error": error.message}))
     kinds = {400: "invalid_request_error", 404: "not_found_error"}
     kind = kinds.get(error.status, "api_error")
     if path.startswith("/v1/messages"):
@@ -125,8 +111,8 @@ def error_reply(path: str, error: ApiError, moment: Moment) -> Reply:
     else:
         what = {"error": {"message": error.message, "type": kind, "param": None, "code": None}}
     if error.early:
-        return Reply(error.status, _JSON_CHARSET, go_json(what))
-    return Reply(error.status, _JSON, go_json(what) + b"\n")
+        return Reply(error.status, JSON_CHARSET, go_json(what))
+    return Reply(error.status, JSON, go_json(what) + b"\n")
 
 
 _FAULT_ERRORS = {
@@ -149,13 +135,13 @@ def busy_reply(path: str, moment: Moment) -> Reply:
 def single_reply(generation: Generation, timing: Timing) -> Reply:
     """Return a finished answer in one piece."""
     dialect = DIALECTS[generation.answer.api]
-    headers = _sorted(((b"Content-Type", dialect.single_type), *generation.headers))
+    headers = in_order(((b"Content-Type", dialect.single_type), *generation.headers))
     return Reply(200, headers, dialect.single(generation.answer, timing))
 
 
 def stream_headers(generation: Generation) -> HeaderPairs:
     """Return the headers of a streamed answer, but for Date and framing."""
-    return _sorted(DIALECTS[generation.answer.api].stream_headers + generation.headers)
+    return in_order(DIALECTS[generation.answer.api].stream_headers + generation.headers)
 
 
 def generates(path: str) -> bool:
@@ -164,10 +150,6 @@ def generates(path: str) -> bool:
 
 
 # --- who may ask -------------------------------------------------------------------------------------------------
-
-
-def _sorted(headers: HeaderPairs) -> HeaderPairs:
-    return tuple(sorted(headers, key=lambda pair: pair[0]))  # as Go writes them; stable for several Vary
 
 
 def _local_host(host: str) -> bool:
@@ -195,7 +177,7 @@ def _cors(request: Request, allow: HeaderPairs) -> tuple[HeaderPairs, Reply | No
         (b"Access-Control-Max-Age", b"43200"),
     )
     varies = ((b"Vary", b"Access-Control-Request-Method"), (b"Vary", b"Access-Control-Request-Headers"))
-    return (), Reply(204, _sorted(granted + preflight + allow + varies))
+    return (), Reply(204, in_order(granted + preflight + allow + varies))
 
 
 def _redirect(request: Request, target: str) -> Reply:
@@ -210,11 +192,11 @@ def _redirect(request: Request, target: str) -> Reply:
 
 
 def _json(value: object) -> Reply:
-    return Reply(200, _JSON_CHARSET, go_json(value))
+    return Reply(200, JSON_CHARSET, go_json(value))
 
 
 def _json_line(value: object) -> Reply:
-    return Reply(200, _JSON, go_json(value) + b"\n")
+    return Reply(200, JSON, go_json(value) + b"\n")
 
 
 def _root(_fake: FakeOllama, _request: Request, _moment: Moment) -> Reply:
@@ -236,44 +218,19 @@ def _tags(fake: FakeOllama, _request: Request, _moment: Moment) -> Reply:
 def _ps(fake: FakeOllama, _request: Request, moment: Moment) -> Reply:
     notices = fake.advance(moment.now_ns)
     models = [ps_line(entry, moment.wall_ns) for entry in fake.ps(moment.now_ns)]
-    return Reply(200, _JSON_CHARSET, go_json({"models": models}), notices=tuple(notices))
+    return Reply(200, JSON_CHARSET, go_json({"models": models}), notices=tuple(notices))
 
 
 def _show(fake: FakeOllama, request: Request, _moment: Moment) -> Reply:
-    name = _named(parse(request.body, "ShowRequest"))
+    name = named(parse(request.body, "ShowRequest"))
     model = fake.find(name)
     if model is None:
         raise ApiError(404, f"model '{canonical_name(name)}' not found")
     return _json(shown(model))
 
 
-def _named(body: Mapping[str, Any]) -> str:
-    name = text_field(body, "model") or text_field(body, "name")
-    if not name:
-        raise ApiError(400, "model is required")
-    return name
-
-
-def _delete(fake: FakeOllama, request: Request, moment: Moment) -> Reply:
-    name = _named(parse(request.body, "DeleteRequest"))
-    notices = fake.delete(name, moment.now_ns)
-    if notices is None:
-        raise ApiError(404, f"model '{name}' not found")
-    return Reply(200, notices=tuple(notices))
-
-
-def _copy(fake: FakeOllama, request: Request, moment: Moment) -> Reply:
-    body = parse(request.body, "CopyRequest")
-    source, destination = text_field(body, "source"), text_field(body, "destination")
-    if not source or not destination:
-        raise ApiError(400, f'{"destination" if source else "source"} "" is invalid')
-    if not fake.copy(source, destination, rfc3339(moment.wall_ns)):
-        raise ApiError(404, f'model "{source}" not found')
-    return Reply(200)
-
-
 def _embed(fake: FakeOllama, request: Request, _moment: Moment) -> Reply:
-    name = _named(parse(request.body, "EmbedRequest"))
+    name = named(parse(request.body, "EmbedRequest"))
     if fake.find(name) is None:
         raise ApiError(404, f'model "{name}" not found, try pulling it first')
     status = 500 if request.path == "/api/embeddings" else 501
@@ -295,7 +252,7 @@ def _v1_model(fake: FakeOllama, request: Request, _moment: Moment) -> Reply:
 # --- answers that need a runner ----------------------------------------------------------------------------------
 
 
-def _generate(fake: FakeOllama, request: Request, moment: Moment) -> Reply | Generation:
+def _generate(fake: FakeOllama, request: Request, moment: Moment) -> Result:
     wanted = wish(Api(request.path), request.body, fake)
     answer = _answer(wanted, moment)
     if wanted.rendered is not None and not wanted.unload:
@@ -303,7 +260,7 @@ def _generate(fake: FakeOllama, request: Request, moment: Moment) -> Reply | Gen
     if wanted.unload:
         notices = fake.unload(wanted.model.name, moment.now_ns)
         timing = Timing(0, 0, 0, 0, moment.wall_ns)
-        return Reply(200, _JSON_CHARSET, DIALECTS[wanted.api].single(answer, timing), notices=tuple(notices))
+        return Reply(200, JSON_CHARSET, DIALECTS[wanted.api].single(answer, timing), notices=tuple(notices))
     work = Work.LOAD if wanted.done_reason == "load" else Work.GENERATE
     job = Job(moment.serial, wanted.model.name, wanted.options, wanted.keep_alive_ns, work)
     return Generation(job, answer, failure=_no_images() if wanted.images else None)
@@ -339,7 +296,7 @@ def _no_images() -> Reply:
     """Return what comes of images that the model cannot see (capture: chat_images)."""
     said = "image input is not supported - hint: if this is unexpected, you may need to provide the mmproj"
     inner = go_json({"error": {"code": 500, "message": said, "type": "server_error"}}).decode()
-    return Reply(500, _JSON, go_json({"error": inner}), chunked=True)
+    return Reply(500, JSON, go_json({"error": inner}), chunked=True)
 
 
 _GENERATING: dict[str, Handler] = dict.fromkeys((str(api) for api in Api), _generate) | dict.fromkeys(
@@ -351,8 +308,11 @@ _ROUTES: dict[str, dict[str, Handler]] = {
     **{path: {"POST": handler} for path, handler in _GENERATING.items()},
     "/api/ps": {"GET": _ps},
     "/api/show": {"POST": _show},
-    "/api/delete": {"DELETE": _delete},
-    "/api/copy": {"POST": _copy},
+    "/api/pull": {"POST": pull},
+    "/api/push": {"POST": push},
+    "/api/create": {"POST": create},
+    "/api/delete": {"DELETE": delete},
+    "/api/copy": {"POST": copy},
     "/v1/models": {"GET": _v1_models},
 }
 _V1_MODEL: dict[str, Handler] = {"GET": _v1_model}

@@ -33,6 +33,7 @@ _GO_KINDS: tuple[tuple[type, str], ...] = (
     (dict, "object"),
 )
 _OBJECT = "map[string]interface {}"
+_MANAGED = {"model": (str, "string"), "name": (str, "string"), "stream": (bool, "bool")}
 _FIELDS: Mapping[str, Mapping[str, tuple[type, str]]] = {
     "ChatRequest": {
         "model": (str, "string"),
@@ -64,6 +65,9 @@ _FIELDS: Mapping[str, Mapping[str, tuple[type, str]]] = {
         "stream_options": (dict, "openai.StreamOptions"),
         "max_tokens": (int, "int"),
     },
+    "PullRequest": _MANAGED,
+    "PushRequest": _MANAGED,
+    "CreateRequest": _MANAGED | {"from": (str, "string")},
     "MessagesRequest": {
         "model": (str, "string"),
         "messages": (list, "[]anthropic.MessageParam"),
@@ -119,6 +123,14 @@ def text_field(body: Mapping[str, Any], name: str) -> str:
     """Return a field that should be text, "" if it is anything else."""
     value = body.get(name)
     return value if isinstance(value, str) else ""
+
+
+def named(body: Mapping[str, Any], missing: str = "model is required") -> str:
+    """Return the model that a body names. Raises ApiError 400 with what is said when there is none."""
+    name = text_field(body, "model") or text_field(body, "name")
+    if not name:
+        raise ApiError(400, missing)
+    return name
 
 
 def full_name(model: FakeModel) -> str:

@@ -32,10 +32,11 @@ from lbio.http1 import (
 )
 from lbio.streams import SocketListener, SocketStream
 from simulator.answers import http_date
-from simulator.api import Generation, HeaderPairs, Reply, Request, fault_reply, generates, handle
+from simulator.api import Generation, HeaderPairs, Lines, Reply, Request, fault_reply, generates, handle
 from simulator.fake_ollama import FakeSpec
 from simulator.faults import Fault, FaultKind
 from simulator.live import Abort, Cut, LiveFake, Progress, Stats, now_ns
+from simulator.recite import recite
 
 __all__ = ["Abort", "FakeServer", "Stats", "now_ns", "serve_fleet"]
 
@@ -199,6 +200,8 @@ async def _answer_now(exchange: _Exchange) -> None:
     result = handle(live.fake, exchange.request, moment)
     if isinstance(result, Generation):
         await live.generate(result, moment, exchange, exchange.progress)
+    elif isinstance(result, Lines):
+        await recite(result, live.fake, exchange)
     else:
         live.notify(result.notices)
         await exchange.reply(result)

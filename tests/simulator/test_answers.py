@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.answers import WORDS, continued, go_json, http_date, rfc3339, words
-from simulator.api import Generation, Moment, Reply, Request, handle
+from simulator.api import Generation, Lines, Moment, Reply, Request, handle
 from simulator.fake_ollama import FakeModel, FakeOllama, FakeSpec, Work
 
 S = 1_000_000_000
@@ -18,7 +18,7 @@ NOW = Moment(now_ns=0, wall_ns=1_795_471_120 * S, serial=1)
 HELLO: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
 
 
-def ask(method: str, path: str, body: object = None, **about: str) -> Reply | Generation:
+def ask(method: str, path: str, body: object = None, **about: str) -> Reply | Generation | Lines:
     data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     return handle(FakeOllama(SPEC, 0), Request(method, path, body=data, **about), NOW)
 
@@ -197,9 +197,9 @@ def test_routing() -> None:
     max_leaves=8,
 ).map(lambda value: {"model": "tiny"} | value if isinstance(value, dict) else value), st.sampled_from([
     "/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/messages", "/api/show",
-    "/api/copy", "/api/embed",
+    "/api/copy", "/api/embed", "/api/pull", "/api/push", "/api/create",
 ]))  # fmt: skip
 @settings(max_examples=200)
 def test_no_body_breaks_it(body: object, path: str) -> None:
     answer = ask("POST", path, body)
-    assert isinstance(answer, Generation) or answer.status in {200, 400, 404, 500, 501}
+    assert isinstance(answer, Generation | Lines) or answer.status in {200, 400, 404, 500, 501}

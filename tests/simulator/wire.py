@@ -10,8 +10,14 @@ import anyio
 from anyio.abc import ByteStream
 
 CAPTURES = Path(__file__).parents[1] / "captures"
-# Whoever recorded it shortened the path of the blobs by 7 bytes and left the chunk's size as it was.
-REPAIRS = {"show": (b"\r\n\r\na78\r\n", b"\r\n\r\na71\r\n")}
+# Whoever recorded these shortened a path by 7 bytes, or an address by 4, and left the lengths as they were.
+REPAIRS = {
+    "show": (b"\r\n\r\na78\r\n", b"\r\n\r\na71\r\n"),
+    "push_unknown": (b"\r\n6c\r\n", b"\r\n65\r\n"),
+    "pull_unreachable": (b"\r\nac\r\n", b"\r\na8\r\n"),
+    "pull_unreachable_single": (b"Content-Length: 171", b"Content-Length: 167"),
+    "create_unknown_from": (b"\r\nb1\r\n", b"\r\nad\r\n"),
+}
 
 
 @dataclass(frozen=True)
