@@ -262,7 +262,16 @@ def _generate(fake: FakeOllama, request: Request, moment: Moment) -> Result:
         timing = Timing(0, 0, 0, 0, moment.wall_ns)
         return Reply(200, JSON_CHARSET, DIALECTS[wanted.api].single(answer, timing), notices=tuple(notices))
     work = Work.LOAD if wanted.done_reason == "load" else Work.GENERATE
-    job = Job(moment.serial, wanted.model.name, wanted.options, wanted.keep_alive_ns, work)
+    marks = (len(wanted.tokens),) if work is Work.GENERATE and wanted.tokens else ()
+    job = Job(
+        moment.serial,
+        wanted.model.name,
+        wanted.options,
+        wanted.keep_alive_ns,
+        work,
+        marks=marks,
+        prompt_tokens=wanted.prompt_tokens,
+    )
     return Generation(job, answer, failure=_no_images() if wanted.images else None)
 
 

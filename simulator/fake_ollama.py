@@ -1,7 +1,7 @@
 """How one Ollama server behaves: its models, its scheduler, its slots. Pure; time is passed in as int ns.
 
-`FakeOllama` is a state machine that the driver (`simulator.serve` with a real clock, later `simulator.world`
-with a virtual one) feeds with jobs and moments, and that answers with notices. It follows Ollama's scheduler
+`FakeOllama` is a state machine that the driver (`simulator.serve` with a real clock, `simulator.world` with a
+virtual one) feeds with jobs and moments, and that answers with notices. It follows Ollama's scheduler
 (design §7): a job whose model is loaded with the same runner options goes straight to that runner and waits
 there for a slot, first come first served and without bound. Any other job joins the cold queue, which is
 bounded (503 beyond) and worked off strictly one by one: whatever stands in the way of its model (the same
@@ -12,9 +12,11 @@ with it.
 
 from collections import deque
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from typing import NamedTuple
 
+from simulator.asks import BLOCK_TOKENS
+from simulator.engine import Engine
+from simulator.jobs import Crashed, Job, Loaded, Notice, Refused, Started, Token, Unloaded, Work
 from simulator.specs import (
     FOREVER_NS,
     NS_PER_MS,
@@ -27,13 +29,13 @@ from simulator.specs import (
     keep_alive_ns,
     model_key,
     runner_options,
-    step_ns,
 )
 
 __all__ = [
     "FOREVER_NS",
     "NS_PER_MS",
     "NS_PER_S",
+    "Crashed",
     "FakeModel",
     "FakeOllama",
     "FakeSpec",
@@ -45,67 +47,29 @@ __all__ = [
     "Refused",
     "RunnerOptions",
     "Started",
+    "Token",
     "Unloaded",
     "Work",
     "canonical_name",
     "keep_alive_ns",
     "runner_options",
-    "step_ns",
 ]
 
 
-class Work(StrEnum):
-    """What a job needs its model for."""
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A place for one answer, and the prompt it has in its cache."""
 
-    GENERATE = "generate"  # a slot, until the answer ends
-    LOAD = "load"  # only that it is in memory
+    blocks: tuple[int, ...] = ()
 
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One request that needs a model. Ids are the driver's, and never reused."""
-
-    id: int
-    model: str
-    options: RunnerOptions
-    keep_alive_ns: int
-    work: Work = Work.GENERATE
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The job has what it asked for; from here on the answer is made. `end` it when it is over."""
-
-    job_id: int
-    at_ns: int
-    model: str
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The cold queue is full: 503. The job is forgotten."""
-
-    job_id: int
-    at_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A load has ended well."""
-
-    model: str
-    at_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Unloaded:
-    """A model has left the memory."""
-
-    model: str
-    at_ns: int
-
-
-Notice = Started | Refused | Loaded | Unloaded
+    def shared_blocks(self, blocks: tuple[int, ...]) -> int:
+        """Return how many blocks from the beginning on need not be read again."""
+        count = 0
+        for mine, theirs in zip(self.blocks, blocks, strict=False):
+            if mine != theirs:
+                break
+            count += 1
+        return count
 
 
 @dataclass(slots=True)
@@ -116,7 +80,9 @@ class Runner:
     options: RunnerOptions
     size_bytes: int
     keep_alive_ns: int
-    running: set[int] = field(default_factory=set)  # jobs that hold a slot
+    engine: Engine
+    free: list[Slot]  # the one idle for longest in front
+    running: dict[int, tuple[Job, Slot]] = field(default_factory=dict)  # by job id
     visiting: set[int] = field(default_factory=set)  # LOAD jobs not yet ended
     waiting: deque[Job] = field(default_factory=deque)
     expires_at_ns: int | None = None  # None while in use
@@ -159,6 +125,7 @@ class FakeOllama:
         self.pending: deque[Job] = deque()  # the cold queue
         self.current: Job | None = None  # taken off it, in need of room for its model
         self.loading: Load | None = None
+        self._factors = (1.0, 1.0)
         for name in spec.start_loaded:
             model = self.find(name)
             if model is None:
@@ -223,14 +190,60 @@ class FakeOllama:
             self._pump(now_ns, notices)
         return notices
 
+    # answers
+
+    def made(self, job_id: int, now_ns: int) -> tuple[int, int]:
+        """Return how many tokens a job's answer has so far, and when the last one was made, ns; (0, 0) for none."""
+        engine = self._engine_of(job_id)
+        return engine.made(job_id, now_ns) if engine is not None else (0, 0)
+
+    def token_due_ns(self, job_id: int, tokens: int) -> int | None:
+        """Return when the answer will have so many tokens unless a pace changes before; at least not later.
+
+        None when the job holds no slot any more.
+        """
+        engine = self._engine_of(job_id)
+        return engine.token_due_ns(job_id, tokens) if engine is not None else None
+
+    def watch(self, job_id: int, tokens: int) -> None:
+        """Tell of one more token count, which the answer must not have reached yet."""
+        engine = self._engine_of(job_id)
+        if engine is not None:
+            engine.add_mark(job_id, tokens)
+
+    def stall(self, job_id: int, now_ns: int) -> None:
+        """Let an answer hold its slot and go no further."""
+        engine = self._engine_of(job_id)
+        if engine is not None:
+            engine.stop(job_id, now_ns)
+
+    def set_factors(self, first: float, token: float, now_ns: int) -> None:
+        """Make first tokens, and further ones, take so many times as long from now on. `advance` first."""
+        self._factors = first, token
+        for runner in self.runners.values():
+            runner.engine.set_factors(first, token, now_ns)
+
+    @property
+    def pace_version(self) -> int:
+        """A number that changes whenever `token_due_ns` may answer differently."""
+        return sum(runner.engine.version for runner in self.runners.values())
+
+    def _engine_of(self, job_id: int) -> Engine | None:
+        for runner in self.runners.values():
+            if job_id in runner.running:
+                return runner.engine
+        return None
+
     # time
 
     def next_deadline_ns(self) -> int | None:
         """Return when `advance` has something to do, if nothing else happens before."""
-        moments = [r.expires_at_ns for r in self.runners.values() if r.expires_at_ns is not None]
-        if self.loading is not None:
-            moments.append(self.loading.ready_at_ns)
-        return min(moments, default=None)
+        due_ns = None if self.loading is None else self.loading.ready_at_ns
+        for runner in self.runners.values():
+            for moment in (runner.expires_at_ns, runner.engine.next_ns):
+                if moment is not None and (due_ns is None or moment < due_ns):
+                    due_ns = moment
+        return due_ns
 
     def advance(self, now_ns: int) -> list[Notice]:
         """Do all that was due until now, in order of time; harmless when nothing was."""
@@ -239,8 +252,11 @@ class FakeOllama:
             if self.loading is not None and self.loading.ready_at_ns == due_ns:
                 self._finish_load(self.loading, due_ns, notices)
             else:
-                for runner in [r for r in self.runners.values() if r.expires_at_ns == due_ns]:
-                    self._drop(runner, due_ns, notices)
+                for runner in list(self.runners.values()):
+                    if runner.engine.next_ns is not None and runner.engine.next_ns <= due_ns:
+                        self._make(runner, due_ns, notices)
+                    elif runner.expires_at_ns == due_ns:
+                        self._drop(runner, due_ns, notices)
             self._pump(due_ns, notices)
         return notices
 
@@ -252,15 +268,23 @@ class FakeOllama:
                 size_bytes=runner.size_bytes,
                 size_vram_bytes=min(runner.size_bytes, self.spec.vram_bytes),
                 num_ctx=runner.options.num_ctx,
-                left_ns=(
-                    runner.keep_alive_ns if runner.expires_at_ns is None else runner.expires_at_ns - now_ns
-                ),
+                left_ns=(runner.keep_alive_ns if runner.expires_at_ns is None else runner.expires_at_ns - now_ns),
             )
             for runner in self.runners.values()
         ]
         return sorted(entries, key=lambda entry: -entry.left_ns)
 
     # inside
+
+    def _make(self, runner: Runner, due_ns: int, notices: list[Notice]) -> None:
+        """Make the tokens that are due; the first one of a poisonous job is the end of its runner."""
+        for mark in runner.engine.advance(due_ns):
+            if mark.stream_id in runner.running and runner.running[mark.stream_id][0].poison:
+                crashed = [*runner.running, *runner.visiting, *(job.id for job in runner.waiting)]
+                notices += [Crashed(job_id, due_ns) for job_id in crashed]
+                self._drop(runner, due_ns, notices)
+                return
+            notices.append(Token(mark.stream_id, mark.at_ns, mark.tokens))
 
     def _pump(self, now_ns: int, notices: list[Notice]) -> None:
         """Work off the cold queue until something takes time."""
@@ -283,7 +307,7 @@ class FakeOllama:
             victim = runner or self._victim(_memory_bytes(model, job.options))
             if victim is None:
                 self.current = None
-                self.loading = Load(job, model, now_ns + round(self.spec.load_ms * NS_PER_MS))
+                self.loading = Load(job, model, now_ns + self.spec.speed(model.name).load_ns(model.size_bytes))
                 if self.loading.ready_at_ns <= now_ns:
                     self._finish_load(self.loading, now_ns, notices)
             else:
@@ -314,7 +338,10 @@ class FakeOllama:
         self._attach(runner, load.job, at_ns, notices)
 
     def _put(self, model: FakeModel, options: RunnerOptions, keep_alive: int, at_ns: int) -> Runner:
-        runner = Runner(model, options, _memory_bytes(model, options), keep_alive)
+        engine = Engine(self.spec.speed(model.name))
+        engine.set_factors(*self._factors, at_ns)
+        free = [Slot() for _ in range(self.spec.num_parallel)]
+        runner = Runner(model, options, _memory_bytes(model, options), keep_alive, engine, free)
         runner.expires_at_ns = at_ns + keep_alive
         self.runners[model_key(model.name)] = runner
         return runner
@@ -330,15 +357,23 @@ class FakeOllama:
             self._fill_slots(runner, now_ns, notices)
 
     def _fill_slots(self, runner: Runner, now_ns: int, notices: list[Notice]) -> None:
-        while runner.waiting and len(runner.running) < self.spec.num_parallel:
+        while runner.waiting and runner.free:
             job = runner.waiting.popleft()
-            runner.running.add(job.id)
+            slot = max(runner.free, key=lambda s: s.shared_blocks(job.blocks)) if job.blocks else runner.free[0]
+            unread = job.prompt_tokens - BLOCK_TOKENS * slot.shared_blocks(job.blocks)
+            runner.free.remove(slot)
+            slot.blocks = job.blocks
+            runner.running[job.id] = job, slot
+            if job.marks:
+                runner.engine.add(job.id, max(1, unread), list(job.marks), now_ns)
             notices.append(Started(job.id, now_ns, runner.model.name))
 
     def _detach(self, runner: Runner, job_id: int, now_ns: int, notices: list[Notice]) -> None:
         if job_id in runner.running or job_id in runner.visiting:
-            runner.running.discard(job_id)
             runner.visiting.discard(job_id)
+            if (held := runner.running.pop(job_id, None)) is not None:
+                runner.free.append(held[1])
+                runner.engine.remove(job_id, now_ns)
         elif any(job.id == job_id for job in runner.waiting):
             runner.waiting = deque(job for job in runner.waiting if job.id != job_id)
         else:

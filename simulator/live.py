@@ -14,8 +14,8 @@ import anyio
 
 from simulator.answers import DIALECTS, Timing
 from simulator.api import Generation, HeaderPairs, Moment, Reply, busy_reply, fault_reply, single_reply, stream_headers
-from simulator.fake_ollama import NS_PER_S, FakeOllama, FakeSpec, Notice, Refused, Started, Work, step_ns
-from simulator.faults import Effect, Fault, FaultKind, active, next_change_ns
+from simulator.fake_ollama import NS_PER_S, Crashed, FakeOllama, FakeSpec, Job, Notice, Refused, Started, Work
+from simulator.faults import NO_EFFECT, Effect, Fault, FaultKind, active, next_change_ns
 
 
 def now_ns() -> int:
@@ -88,7 +88,7 @@ class _Waiter:
     """A job that waits for the scheduler."""
 
     decided: anyio.Event
-    verdict: Started | Refused | None = None
+    verdict: Started | Refused | Crashed | None = None
 
 
 class LiveFake:
@@ -105,11 +105,16 @@ class LiveFake:
         self._waiters: dict[int, _Waiter] = {}
         self._clock_wake = anyio.Event()
         self._clock_until_ns: int | None = None
+        self._paced = anyio.Event()  # set when the pace of a stream has changed
+        self._pace_version = 0
+        self._effect = NO_EFFECT
 
     def reset(self) -> None:
         """Begin anew, as a restarted server does; faults and figures stay."""
         self.fake = FakeOllama(self.spec, now_ns())
         self._waiters.clear()
+        self._effect = NO_EFFECT
+        self.effect()
 
     def moment(self, serial: int) -> Moment:
         """Return the present."""
@@ -127,7 +132,14 @@ class LiveFake:
 
     def effect(self) -> Effect:
         """Return what the faults amount to now."""
-        return active(self._faults, now_ns() - self._faults_since_ns)
+        at_ns = now_ns()
+        effect = active(self._faults, at_ns - self._faults_since_ns)
+        if effect != self._effect:
+            self._effect = effect
+            notices = self.fake.advance(at_ns)
+            self.fake.set_factors(effect.first_token_factor, effect.token_factor, at_ns)
+            self.notify(notices)
+        return effect
 
     async def fault_change(self, seen: Effect) -> None:
         """Wait until the faults are replaced or their schedule says something new; at once unless as `seen`."""
@@ -153,10 +165,14 @@ class LiveFake:
     def notify(self, notices: Sequence[Notice]) -> None:
         """Tell the waiting requests what the scheduler decided."""
         for notice in notices:
-            if isinstance(notice, Started | Refused) and notice.job_id in self._waiters:
+            if isinstance(notice, Started | Refused | Crashed) and notice.job_id in self._waiters:
                 waiter = self._waiters[notice.job_id]
                 waiter.verdict = notice
                 waiter.decided.set()
+        if self.fake.pace_version != self._pace_version:
+            self._pace_version = self.fake.pace_version
+            self._paced.set()
+            self._paced = anyio.Event()
         due_ns = self.fake.next_deadline_ns()
         if due_ns is not None and (self._clock_until_ns is None or due_ns < self._clock_until_ns):
             self._clock_wake.set()
@@ -188,7 +204,7 @@ class LiveFake:
         answer = wanted.answer
         dialect = DIALECTS[answer.api]
         headers = stream_headers(wanted)
-        started_ns = first_ns = next_ns = now_ns()
+        started_ns = first_ns = now_ns()
         tokens = 0 if wanted.job.work is Work.LOAD else len(answer.tokens)
         for index in range(tokens):
             effect = self.effect()
@@ -196,9 +212,7 @@ class LiveFake:
             if breaks is not None:
                 await self._break(breaks, wanted, moment, sink, index)
                 return
-            next_ns += step_ns(self.spec, index, effect)
-            if (delay_s := (next_ns - now_ns()) / NS_PER_S) > 0:
-                await anyio.sleep(delay_s)
+            await self._until_made(wanted.job, index + 1)
             progress.made += 1
             self.stats.tokens_generated += 1
             if not index:
@@ -224,6 +238,18 @@ class LiveFake:
         else:
             await sink.reply(single_reply(wanted, timing))
             progress.written = progress.made
+
+    async def _until_made(self, job: Job, tokens: int) -> None:
+        """Wait until the answer of a job has so many tokens."""
+        steady = self.spec.speed(job.model).is_steady
+        while (due_ns := self.fake.token_due_ns(job.id, tokens)) is not None and (wait_ns := due_ns - now_ns()) > 0:
+            if steady:
+                await anyio.sleep(wait_ns / NS_PER_S)
+            else:
+                with anyio.move_on_after(wait_ns / NS_PER_S):
+                    await self._paced.wait()
+            if tokens == 1 or not steady:
+                self.notify(self.fake.advance(now_ns()))
 
     async def _break(self, kind: FaultKind, wanted: Generation, moment: Moment, sink: Sink, sent: int) -> None:
         """Break an answer after `sent` tokens; before the first one, an error has a status of its own."""

@@ -1,12 +1,14 @@
 """What a fake server is (models, slots, speeds), and what a request asks of it, in Ollama's own terms. Pure."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from simulator.faults import NO_EFFECT, Effect, Fault
+from simulator.engine import Speed
+from simulator.faults import Fault
 
 NS_PER_MS = 1_000_000
 NS_PER_S = 1_000_000_000
@@ -42,7 +44,10 @@ class FakeModel:
 
 @dataclass(frozen=True, slots=True)
 class FakeSpec:
-    """One server, all that does not change. Times in ms or s as named."""
+    """One server, all that does not change. Times in ms or s as named.
+
+    `speeds` are those of models that differ from what the fields above it say of all.
+    """
 
     name: str
     models: tuple[FakeModel, ...] = (FakeModel("llama3.2"),)
@@ -54,6 +59,11 @@ class FakeSpec:
     first_token_ms: float = 50.0  # from the slot to the first token
     token_ms: float = 5.0
     load_ms: float = 2000.0
+    prefill_rate: float = math.inf  # prompt tokens/s; inf: reading costs nothing beyond first_token_ms
+    batch_slowdown: float = 0.0  # share of token_ms that each further stream of a batch adds
+    prefill_interference: float = 0.0  # share of its speed that decoding loses while a prompt is read
+    load_rate: float = math.inf  # bytes/s, on top of load_ms
+    speeds: tuple[tuple[str, Speed], ...] = ()  # by model name
     tokens: int = 40  # length of an answer unless the client says
     keep_alive_s: float = 300.0
     version: str = "0.12.6"
@@ -61,6 +71,21 @@ class FakeSpec:
     host: str = "127.0.0.1"
     port: int = 0  # 0: any free one
     faults: tuple[Fault, ...] = ()
+
+    def speed(self, model: str) -> Speed:
+        """Return how fast a model is here."""
+        for name, speed in self.speeds:
+            if model_key(name) == model_key(model):
+                return speed
+        return Speed(
+            first_token_ns=round(self.first_token_ms * NS_PER_MS),
+            prefill_rate=self.prefill_rate,
+            token_ns=round(self.token_ms * NS_PER_MS),
+            batch_slowdown=self.batch_slowdown,
+            prefill_interference=self.prefill_interference,
+            load_fixed_ns=round(self.load_ms * NS_PER_MS),
+            load_rate=self.load_rate,
+        )
 
 
 def canonical_name(name: str) -> str:
@@ -72,13 +97,6 @@ def canonical_name(name: str) -> str:
 def model_key(name: str) -> str:
     """Return what identifies a model on a server: its full name, case apart."""
     return canonical_name(name).lower()
-
-
-def step_ns(spec: FakeSpec, index: int, effect: Effect = NO_EFFECT) -> int:
-    """Return the time from the slot to token 0, or from token `index - 1` to token `index`."""
-    if index == 0:
-        return round(spec.first_token_ms * effect.first_token_factor * NS_PER_MS)
-    return round(spec.token_ms * effect.token_factor * NS_PER_MS)
 
 
 # --- what a request asks of a runner ---------------------------------------------------------------------------

@@ -23,9 +23,7 @@ from simulator.fake_ollama import (
     canonical_name,
     keep_alive_ns,
     runner_options,
-    step_ns,
 )
-from simulator.faults import Effect
 
 S = 1_000_000_000
 MS = 1_000_000
@@ -254,12 +252,9 @@ def test_runner_options_are_compared_with_defaults_filled_in() -> None:
         assert runner_options(model, {changed: 1}) != runner_options(model, None)
 
 
-def test_names_and_steps() -> None:
+def test_names() -> None:
     assert canonical_name("tiny") == canonical_name("registry.ollama.ai/library/tiny") == "tiny:latest"
     assert canonical_name("me/tiny:4b") == "me/tiny:4b"
-    slow = Effect(first_token_factor=3, token_factor=2)
-    assert [step_ns(SPEC, n) for n in (0, 1, 2)] == [50 * MS, 5 * MS, 5 * MS]
-    assert [step_ns(SPEC, n, slow) for n in (0, 1)] == [150 * MS, 10 * MS]
 
 
 class Scheduler(RuleBasedStateMachine):
@@ -348,14 +343,14 @@ class Scheduler(RuleBasedStateMachine):
             assert len(runner.running) <= self.spec.num_parallel
             assert not runner.waiting or len(runner.running) == self.spec.num_parallel
             assert runner.idle == (runner.expires_at_ns is not None)
-            assert runner.running | runner.visiting <= self.running
+            assert {*runner.running} | runner.visiting <= self.running
 
     @invariant()
     def everyone_is_somewhere(self) -> None:
         fake = self.fake
         places = [one.id for one in fake.pending]
         places += [one.id for runner in fake.runners.values() for one in runner.waiting]
-        places += [number for runner in fake.runners.values() for number in runner.running | runner.visiting]
+        places += [number for runner in fake.runners.values() for number in {*runner.running} | runner.visiting]
         places += [fake.current.id] if fake.current else []
         places += [fake.loading.job.id] if fake.loading else []
         assert sorted(places) == sorted(self.jobs)

@@ -97,7 +97,7 @@ async def test_half_close_is_a_disconnect() -> None:
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
 async def test_slots(slots: int) -> None:
-    spec = dataclasses.replace(SPEC, num_parallel=slots, first_token_ms=20, token_ms=2)
+    spec = dataclasses.replace(SPEC, num_parallel=slots, first_token_ms=100, token_ms=2)
     ends: list[float] = []
 
     async def one() -> None:
@@ -109,11 +109,12 @@ async def test_slots(slots: int) -> None:
         async with anyio.create_task_group() as group:
             for _ in range(3):
                 group.start_soon(one)
-            await anyio.sleep(0.015)
+            while server.stats.concurrent < 3:
+                await anyio.sleep(0.001)
             (runner,) = server.live.fake.runners.values()
             assert (len(runner.running), len(runner.waiting)) == (slots, 3 - slots)
         assert server.stats.concurrent_max == 3
-    assert ends[-1] >= -(-3 // slots) * 0.030
+    assert ends[-1] >= -(-3 // slots) * 0.110
 
 
 async def test_cold_queue_overflows_with_503_and_the_others_are_served() -> None:
@@ -244,7 +245,7 @@ async def test_stats_count_requests_and_tokens() -> None:
 
 
 async def test_hundreds_of_streams_at_once() -> None:
-    spec = dataclasses.replace(SPEC, num_parallel=300, first_token_ms=20, token_ms=10, tokens=10)
+    spec = dataclasses.replace(SPEC, num_parallel=300, first_token_ms=600, token_ms=10, tokens=10)
     done: list[bool] = []
 
     async def one() -> None:
