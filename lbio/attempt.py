@@ -125,8 +125,8 @@ class AttemptRun:
         if not self._telling:
             self._scope.cancel()
 
-    def cancel(self) -> None:
-        """Close the connection now."""
+    def cancel(self) -> bool:
+        """Close the connection now; tell whether there was one."""
         self._reported = True
         connection, self._connection = self._connection, None
         # The task waits for the connection, and wakes as that is closed; cancelling the scope as well would cost more
@@ -135,6 +135,7 @@ class AttemptRun:
             self._scope.cancel()
         if self.chosen:
             self.exchange.relay_scope.cancel()
+        return connection is not None
 
     # --- the task ------------------------------------------------------------------------------------------
 

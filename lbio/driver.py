@@ -23,7 +23,7 @@ from lbcore.commands import (
     StartProbe,
 )
 from lbcore.config import ServerSettings
-from lbcore.events import DownstreamClosed, Event, RequestArrived
+from lbcore.events import DownstreamClosed, Event, Reason, RequestArrived
 from lbcore.records import Server
 from lbcore.schema import SECOND_NS
 from lbio.attempt import AttemptRun
@@ -85,7 +85,11 @@ class Driver:
 
     def _carry_out(self, commands: list[Command]) -> None:
         for command in commands:
-            self._execute[type(command)](command)
+            if type(command) is not RecordDecision:
+                self._execute[type(command)](command)
+        for command in commands:  # told after it is done: that takes as long
+            if type(command) is RecordDecision:
+                self._execute[RecordDecision](command)
         due_ns = self.balancer.next_deadline()
         if due_ns is not None and (self._timer_due_ns is None or due_ns < self._timer_due_ns):
             self._timer_due_ns = due_ns
@@ -177,7 +181,8 @@ class Driver:
     def _cancel_attempt(self, command: CancelAttempt) -> None:
         run = self._runs.pop(command.attempt_id, None)
         if run is not None:
-            run.cancel()
+            if run.cancel() and command.reason is Reason.LOST_RACE:
+                self.tasks.start_soon(run.endpoint.dial_spare, self.balancer.config.timeouts.connect_ns)
             if not run.chosen:
                 run.exchange.runs.pop(command.attempt_id, None)
 

@@ -12,6 +12,7 @@ from anyio.abc import ByteStream, SocketAttribute
 
 from lbcore.events import Reason
 from lbcore.ollama import Ending
+from lbcore.schema import SECOND_NS
 from lbio.addresses import parse_server_url
 from lbio.http1 import ChunkedDecoder, Framing, HttpError, IncompleteBody, Reader, ResponseHead, parse_response_head
 from lbio.settings import PoolSettings
@@ -85,6 +86,7 @@ class Endpoint:
         self._pool = pool
         self._clock = clock
         self._idle: deque[Connection] = deque()
+        self._n_dialling = 0  # spare ones
         self._closed = False
 
     def __repr__(self) -> str:
@@ -121,6 +123,19 @@ class Endpoint:
             return
         connection.idle_since_ns = self._clock()
         self._idle.append(connection)
+
+    async def dial_spare(self, patience_ns: int) -> None:
+        """Connect in place of a connection that a lost race has cost, so that the next race need not wait for that."""
+        if self._closed or len(self._idle) + self._n_dialling >= self._pool.idle_max:
+            return
+        self._n_dialling += 1
+        try:
+            with anyio.move_on_after(patience_ns / SECOND_NS):
+                self.release(await self.dial())
+        except ConnectError:
+            pass  # the next attempt will find out, and tell
+        finally:
+            self._n_dialling -= 1
 
     def sweep(self) -> None:
         """Close what has been idle for too long."""
