@@ -20,6 +20,7 @@ from lbcore.states import (
     step_server,
 )
 from lbcore.timers import TimerKind, Timers
+from lbcore.units import counted
 
 _HOLDERS_MAX = 1024
 
@@ -324,7 +325,8 @@ class Fleet:
         if not server.is_alive:
             self._set_health(server, ALIVE_FROM, now_ns, "synced" if first else "synced again")
         if first:
-            self._record(Decision.SYNCED, server, f"{len(event.available)} models, {len(event.active)} loaded")
+            known = f"{counted(len(event.available), 'model')}, {len(event.active)} loaded"
+            self._record(Decision.SYNCED, server, known)
         if server.probe_again:
             server.probe_again = False
             self.probe_now(server, now_ns)

@@ -150,3 +150,11 @@ def format_duration(duration_ns: int) -> str:
 def format_size(n_bytes: int) -> str:
     """Return the shortest text that means exactly `n_bytes`."""
     return "0B" if n_bytes == 0 else min(_spellings(n_bytes, _BYTES_PER), key=len)
+
+
+_PLURALS: Mapping[str, str] = {"retry": "retries"}
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words: "1 slot", "2 slots", "0 retries"."""
+    return f"{number} {noun if number == 1 else _PLURALS.get(noun, f'{noun}s')}"

@@ -20,6 +20,7 @@ from lbcore.balancer import LoadBalancer
 from lbcore.config import ServerSettings
 from lbcore.events import DrainDeadlinePassed
 from lbcore.schema import SECOND_NS
+from lbcore.units import counted
 from lbio import logs
 from lbio.addresses import Address, parse_listen
 from lbio.downstream import Front, drained
@@ -117,9 +118,10 @@ async def _drain(front: Front, timeout_ns: int) -> None:
     front.drain()
     n_requests = front.driver.n_requests
     if n_requests:
-        _log.info("shutting down: waiting up to %g s for %d requests", timeout_ns / SECOND_NS, n_requests)
+        waited_for = counted(n_requests, "request")
+        _log.info("shutting down: waiting up to %g s for %s", timeout_ns / SECOND_NS, waited_for)
     if not await drained(front, timeout_ns):
-        _log.warning("shutting down: %d requests are cut", front.driver.n_requests)
+        _log.warning("shutting down: cutting %s", counted(front.driver.n_requests, "request"))
         front.driver.dispatch(DrainDeadlinePassed())
         await drained(front, int(_CUT_S * SECOND_NS))
 

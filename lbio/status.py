@@ -8,8 +8,8 @@ from typing import Any
 from lbcore.balancer import LoadBalancer
 from lbcore.records import Server, ServerModel
 from lbcore.schema import MS_NS, SECOND_NS
+from lbcore.units import counted
 from lbio.totals import Totals
-from lbio.words import counted
 
 
 def status(balancer: LoadBalancer, totals: Totals, now_ns: int) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from typing import Any
 from lbcore.config import RouteSettings, ServerSettings, Strategy, Winner
 from lbcore.parsing import ABSENT, Problem
 from lbcore.schema import format_value, walk
-from lbcore.units import format_duration
+from lbcore.units import counted, format_duration
 from lbio.settings import AppConfig
-from lbio.words import counted
 
 
 def summary_lines(app: AppConfig) -> Iterator[str]:

@@ -110,8 +110,10 @@ class LiveFake:
         self._effect = NO_EFFECT
 
     def reset(self) -> None:
-        """Begin anew, as a restarted server does; faults and figures stay."""
+        """Begin anew, as a restarted server does; faults and figures stay, and so does the disk."""
+        disk = self.fake.disk
         self.fake = FakeOllama(self.spec, now_ns())
+        self.fake.disk = disk
         self._waiters.clear()
         self._effect = NO_EFFECT
         self.effect()

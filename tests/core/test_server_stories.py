@@ -47,6 +47,13 @@ def test_a_server_that_was_never_reached_is_probed_after_longer_and_longer_pause
     assert pauses == [1, 2, 4, 8, 15, 15, 15]
 
 
+def test_the_first_sync_is_told_in_words() -> None:
+    book = Playbook("a b", probe=PROBE)
+    book.timeout() << book.probed("a") << book.probed("b")
+    book.sync("a", "m") << decision(Decision.SYNCED, server="a", why="1 model, 1 loaded")
+    book.sync("b", "m n", "") << decision(Decision.SYNCED, server="b", why="2 models, 0 loaded")
+
+
 def test_a_probe_that_takes_too_long_is_given_up_and_counts_as_failed() -> None:
     book = Playbook("a", probe=PROBE)
     book.timeout() << book.probed("a")

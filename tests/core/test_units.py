@@ -30,6 +30,7 @@ from lbcore.records import ModelStats, Quantile, Request, Server
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.states import Reliability, ServerState
 from lbcore.timers import TimerKind, Timers
+from lbcore.units import counted
 
 HEALTH = HealthSettings()
 MODEL = "m:latest"
@@ -287,3 +288,14 @@ def test_the_highest_version_is_by_number_and_a_release_beats_its_candidates() -
         server.version = version
     assert catalog.highest_version(servers) == "0.12.6"
     assert catalog.highest_version([]) is None
+
+
+# --- words -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "noun", "words"), [
+    (0, "slot", "0 slots"), (1, "slot", "1 slot"), (2, "slot", "2 slots"), (1, "retry", "1 retry"),
+    (2, "retry", "2 retries"),
+])  # fmt: skip
+def test_things_are_counted_in_words(number: int, noun: str, words: str) -> None:
+    assert counted(number, noun) == words

@@ -54,6 +54,14 @@ async def stream_through_shutdown(*, token_ms: float, drain: str) -> bytes:
 
 
 @pytest.mark.anyio
+async def test_how_many_requests_are_waited_for_and_cut_is_told_in_words(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        await stream_through_shutdown(token_ms=200, drain="50ms")
+    assert [message for message in caplog.messages if message.startswith("shutting down")] == [
+        "shutting down: waiting up to 0.05 s for 1 request", "shutting down: cutting 1 request"]
+
+
+@pytest.mark.anyio
 async def test_a_connection_that_streams_at_the_drain_is_closed_after_its_answer() -> None:
     async with balanced(specs("a", token_ms=10)) as rig, client(rig) as asking:
         await asking.send(chat_request(close=False))

@@ -191,6 +191,15 @@ async def test_a_restarted_server_has_forgotten_what_it_loaded() -> None:
         assert body_of(await ask(server.url, "GET", "/api/ps"))["models"] == []
 
 
+async def test_a_restarted_server_has_kept_what_it_pulled() -> None:
+    async with serve_fleet([COLD]) as (server,):
+        await ask(server.url, "POST", "/api/pull", {"model": "new"})
+        await server.stop()
+        await server.start()
+        names = [model["name"] for model in body_of(await ask(server.url, "GET", "/api/tags"))["models"]]
+    assert "new:latest" in names
+
+
 async def test_pipelined_requests_are_answered_in_order() -> None:
     async with serve_fleet([SPEC]) as (server,):
         raw = request("POST", "/api/chat", chat(), close=False) + request("GET", "/api/version")
