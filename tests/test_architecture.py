@@ -29,6 +29,7 @@ PURE = frozenset(
         "itertools",
         "json",
         "math",
+        "operator",
         "random",
         "re",
         "types",

@@ -1,0 +1,333 @@
+"""The whole state of a balancer as JSON values, and a balancer made of them that goes on exactly as the first would.
+
+    state = take(balancer)                 # values that `json` can write
+    balancer = load(json.loads(text))      # same commands from here on
+
+Written by a generic encoder over the classes named below and nothing else; only these can come back, so that a file
+cannot make anything of its own. Requests, attempts and servers refer to each other: each is written once, where it is
+met first, with a number that stands for it everywhere else. What a server said in its own words is left out
+(`lbcore.redaction`); so are caches, which fill again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
+from random import Random
+from types import MappingProxyType
+from typing import Any
+
+from lbcore import commands, config, events, ollama, records, states, timers
+from lbcore.admission import AdmissionQueue, RaceBudget, RetryBudget
+from lbcore.balancer import LoadBalancer
+from lbcore.errors import CoreError
+from lbcore.placement import Placement
+from lbcore.redaction import cut_detail, cut_text
+
+
+class SnapshotError(CoreError):
+    """A state cannot be written, or what is to be loaded is none of this version."""
+
+
+_VALUES: tuple[type, ...] = (
+    config.Config,
+    config.HealthSettings,
+    config.ProbeSettings,
+    config.QueueSettings,
+    config.RaceSettings,
+    config.RetrySettings,
+    config.RouteSettings,
+    config.SelectionSettings,
+    config.ServerSettings,
+    config.TimeoutSettings,
+    events.ActiveModel,
+    events.ModelInfo,
+    events.RequestArrived,
+    records.Failure,
+)
+"""Frozen: one that is referred to twice may be written twice."""
+
+_SHARED: tuple[type, ...] = (
+    AdmissionQueue,
+    RaceBudget,
+    RetryBudget,
+    records.Attempt,
+    records.ModelStats,
+    records.Quantile,
+    records.Request,
+    records.Server,
+    records.ServerModel,
+)
+"""Changed in place: written once, whoever refers to it."""
+
+_ENUMS: tuple[type[Enum], ...] = (
+    commands.AttemptKind,
+    config.Policy,
+    config.Strategy,
+    config.Winner,
+    events.Reason,
+    ollama.RequestKind,
+    states.AttemptState,
+    states.Reliability,
+    states.RequestState,
+    states.ServerState,
+    timers.TimerKind,
+)
+
+CLASSES: Mapping[str, type] = {cls.__name__: cls for cls in (*_VALUES, *_SHARED, *_ENUMS)}
+"""All that can stand in a snapshot beside the types of JSON, tuples, deques and generators."""
+
+_PARTS = ("timers", "fleet", "ledger", "placement", "_requests", "_attempts")
+"""The parts of a balancer that hold state; a new balancer makes them anew, and they are filled."""
+
+_CACHES = frozenset({("Fleet", "_holders")})
+"""(class, attribute) of what fills again by itself."""
+
+_PLAIN = frozenset({type(None), bool, int, float, str})
+_REDACTED: Mapping[type, Callable[[Any], Any]] = {
+    events.ActiveModel: lambda model: dataclasses.replace(model, entry=""),
+    events.ModelInfo: lambda model: dataclasses.replace(model, digest="", modified_at="", entry=""),
+    records.Failure: lambda failure: dataclasses.replace(failure, detail=cut_detail(failure.reason, failure.detail)),
+}
+
+
+def fields_of(cls: type) -> tuple[str, ...]:
+    """Return the names of what instances of a class hold, in an order that does not change."""
+    if dataclasses.is_dataclass(cls):
+        return tuple(field.name for field in dataclasses.fields(cls))
+    return tuple(name for base in reversed(cls.__mro__) for name in vars(base).get("__slots__", ()))
+
+
+def _attributes(part: object) -> Iterator[tuple[str, Any]]:
+    for name in (*fields_of(type(part)), *getattr(part, "__dict__", ())):
+        yield name, getattr(part, name)
+
+
+def _is_dispatch_table(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(callable(item) for item in value.values())
+
+
+def _state_of(part: object, wiring: Iterable[object]) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of a part that are its state: neither other parts, nor functions, nor caches."""
+    for name, value in _attributes(part):
+        wired = any(value is other for other in wiring) or callable(value) or _is_dispatch_table(value)
+        if not wired and (type(part).__name__, name) not in _CACHES:
+            yield name, value
+
+
+def _parts(balancer: LoadBalancer) -> Iterator[tuple[str, object]]:
+    yield "", balancer
+    for name in _PARTS:
+        yield name, getattr(balancer, name)
+
+
+def _wiring(balancer: LoadBalancer) -> list[object]:
+    return [balancer.config, balancer._out, *(part for _, part in _parts(balancer))]  # noqa: SLF001
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+def take(balancer: LoadBalancer) -> dict[str, Any]:
+    """Return the state of a balancer, between two calls, as values that JSON can write.
+
+    Raises SnapshotError for what is not known here: somebody has given the core state of a new kind.
+    """
+    encoder = _Encoder()
+    settings = encoder.encode(balancer.config)
+    wiring = _wiring(balancer)
+    parts = {}
+    for name, part in _parts(balancer):
+        parts[name] = {key: encoder.encode(value) for key, value in _state_of(part, wiring)}
+    return {"classes": encoder.classes, "config": settings, "parts": parts}
+
+
+class _Encoder:
+    """Writes values; remembers which objects it has met."""
+
+    def __init__(self) -> None:
+        self.classes: dict[str, list[str]] = {}
+        self._numbers: dict[object, int] = {}
+        self._stats: list[records.ModelStats] = []  # equal ones are not the same one
+
+    def encode(self, value: Any) -> Any:
+        """Return a value as JSON can write it."""
+        kind = type(value)
+        if kind in _PLAIN:
+            return value
+        encode = self.encode
+        if kind is list:
+            return [encode(item) for item in value]
+        if kind is tuple:
+            return {"t": [encode(item) for item in value]}
+        if kind is dict or kind is MappingProxyType:
+            return {"d": [[encode(key), encode(item)] for key, item in value.items()]}
+        if kind is deque:
+            return {"q": [value.maxlen, [encode(item) for item in value]]}
+        if kind is Random:
+            return {"random": encode(value.getstate())}
+        name = kind.__name__
+        if CLASSES.get(name) is not kind:
+            raise SnapshotError(f"a {kind.__module__}.{name} in the state of the core is not known to snapshots")
+        if isinstance(value, Enum):
+            return {"e": [name, value.name]}
+        if kind in _VALUES:
+            value = _REDACTED[kind](value) if kind in _REDACTED else value
+            return {"v": [name, self._fields(value, kind)]}
+        number, is_new = self._number(value)
+        return {"n": [name, number, self._fields(value, kind)]} if is_new else {"r": number}
+
+    def _number(self, value: Any) -> tuple[int, bool]:
+        key = value
+        if isinstance(value, records.ModelStats):
+            found = [i for i, known in enumerate(self._stats) if known is value]
+            if not found:
+                self._stats.append(value)
+            key = ("stats", found[0] if found else len(self._stats) - 1)
+        number = self._numbers.get(key)
+        if number is not None:
+            return number, False
+        number = self._numbers[key] = len(self._numbers)
+        return number, True
+
+    def _fields(self, value: Any, kind: type) -> list[Any]:
+        names = self.classes.get(kind.__name__)
+        if names is None:
+            names = self.classes[kind.__name__] = list(fields_of(kind))
+        fields = [self.encode(getattr(value, name)) for name in names]
+        if kind is records.Server:
+            index = names.index("last_error")
+            fields[index] = cut_text(fields[index])
+        return fields
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def load(state: Any, placement_type: Callable[[config.Config, Any, Random], Placement] = Placement) -> LoadBalancer:
+    """Return the balancer whose state was taken.
+
+    Raises SnapshotError for what is not such a state, or is one of a version with other fields.
+    """
+    try:
+        decoder = _Decoder(state["classes"])
+        balancer = LoadBalancer(decoder.decode(state["config"]), Random(0), placement_type)
+        parts = state["parts"]
+        for name, part in _parts(balancer):
+            known = dict(_attributes(part))
+            for key, value in parts[name].items():
+                if key not in known:
+                    raise SnapshotError(f"{type(part).__name__} has no {key!r} in this version")
+                _set(part, key, decoder.decode(value, known[key]))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise SnapshotError(f"it is no state of a balancer ({type(error).__name__}: {error})") from error
+    return balancer
+
+
+def config_of(state: Any) -> config.Config:
+    """Return only the settings of a state that was taken."""
+    try:
+        settings = _Decoder(state["classes"]).decode(state["config"])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise SnapshotError(f"it has no settings of a balancer ({type(error).__name__}: {error})") from error
+    if not isinstance(settings, config.Config):
+        raise SnapshotError("it has no settings of a balancer")
+    return settings
+
+
+def _set(owner: object, name: str, value: object) -> None:
+    object.__setattr__(owner, name, value)  # settings and events are frozen for all others
+
+
+class _Decoder:
+    """Reads what `_Encoder` wrote.
+
+    What a new balancer has already is filled, not replaced: its parts may have it from each other.
+    """
+
+    def __init__(self, classes: Mapping[str, list[str]]) -> None:
+        self._fields: dict[str, list[str]] = {}
+        for name, fields in classes.items():
+            cls = CLASSES.get(name)
+            if cls is None or set(fields) != set(fields_of(cls)):
+                raise SnapshotError(f"{name} has other fields in this version")
+            self._fields[name] = fields
+        self._objects: dict[int, object] = {}
+
+    def decode(self, encoded: Any, existing: Any = None) -> Any:
+        """Return a value; `existing` is filled with it where that can be."""
+        if type(encoded) in _PLAIN:
+            return encoded
+        if isinstance(encoded, list):
+            items = [self.decode(item) for item in encoded]
+            if isinstance(existing, list):
+                existing[:] = items
+                return existing
+            return items
+        ((tag, body),) = encoded.items()
+        return self._decoders[tag](self, body, existing)
+
+    def _tuple(self, body: Any, existing: Any) -> tuple[Any, ...]:
+        if isinstance(existing, tuple) and len(existing) == len(body):
+            return tuple([self.decode(item, old) for item, old in zip(body, existing, strict=True)])
+        return tuple([self.decode(item) for item in body])
+
+    def _dict(self, body: Any, existing: Any) -> dict[Any, Any]:
+        result: dict[Any, Any] = existing if isinstance(existing, dict) else {}
+        result.clear()
+        for key, value in body:
+            result[self.decode(key)] = self.decode(value)
+        return result
+
+    def _deque(self, body: Any, _: Any) -> deque[Any]:
+        maxlen, items = body
+        return deque([self.decode(item) for item in items], maxlen)
+
+    def _random(self, body: Any, existing: Any) -> Random:
+        result = existing if isinstance(existing, Random) else Random(0)
+        result.setstate(self.decode(body))
+        return result
+
+    def _enum(self, body: Any, _: Any) -> Enum:
+        name, member = body
+        cls = CLASSES[name]
+        if not issubclass(cls, Enum):
+            raise SnapshotError(f"{name} is no enumeration")
+        return cls[member]
+
+    def _value(self, body: Any, _: Any) -> object:
+        name, fields = body
+        value = self._new(name)
+        self._fill(value, name, fields)
+        return value
+
+    def _numbered(self, body: Any, existing: Any) -> object:
+        name, number, fields = body
+        value = existing if type(existing) is CLASSES[name] else self._new(name)
+        self._objects[number] = value
+        self._fill(value, name, fields)
+        return value
+
+    def _new(self, name: str) -> Any:
+        cls = CLASSES[name]
+        return object.__new__(cls)
+
+    def _fill(self, value: Any, name: str, fields: list[Any]) -> None:
+        for key, field in zip(self._fields[name], fields, strict=True):
+            _set(value, key, self.decode(field, getattr(value, key, None)))
+
+    def _reference(self, number: Any, _: Any) -> object:
+        return self._objects[number]
+
+    _decoders: Mapping[str, Callable[[_Decoder, Any, Any], Any]] = {
+        "t": _tuple,
+        "d": _dict,
+        "q": _deque,
+        "random": _random,
+        "e": _enum,
+        "v": _value,
+        "n": _numbered,
+        "r": _reference,
+    }

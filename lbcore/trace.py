@@ -1,0 +1,409 @@
+"""The event log: every call of the core and what came of it, as JSON lines that can be replayed (pure; no file here).
+
+    recorder = Recorder(balancer, write)        # stands in for the balancer; `write` gets whole lines
+    for step in Replay(lines): ...              # the same calls made again, and whether the same came of them
+
+`lbcore.comparison` goes through a whole log, `lbcore.explain` tells of one request.
+
+A log is a header, the balancer's state at that moment (`lbcore.snapshot`), then a line for each call:
+
+    [time since the line before, ns, event or null, commands, chunks before it]
+
+An event or command is an array: its code, then its fields in their order. `null` is `handle_timeout`. Chunks are the
+calls of `note_chunk` and `note_paused` since they were last written, summed: [attempt, bytes, tokens, ns since the last
+of them, paused or null]. The core looks at them only for the attempts of the request that an event is about, or when
+timers fire or servers change; so they are written before the first call that could look at them, and no sooner.
+
+Never a prompt or an answer: what servers said is cut (`lbcore.redaction`), of their models the names are kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from random import Random
+from typing import Any
+
+from lbcore import __version__, commands, events, snapshot
+from lbcore.balancer import LoadBalancer
+from lbcore.commands import AbortRequest, Command, RecordDecision, RejectRequest
+from lbcore.config import Config, ServerSettings
+from lbcore.errors import CoreError
+from lbcore.events import ActiveModel, Event, ModelInfo, Reason
+from lbcore.ollama import RequestKind
+from lbcore.placement import Placement
+from lbcore.records import Request
+from lbcore.redaction import cut_detail, cut_text
+
+FORMAT = 1
+"""Of the log; raised when an older reader could not understand it."""
+
+MARK = "ollama-lb-log"
+"""The key of the format in the header, by which a log is known."""
+
+_dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
+EVENT_CODES: Mapping[type, str] = {
+    events.RequestArrived: "arrived",
+    events.DownstreamClosed: "closed",
+    events.AttemptConnected: "connected",
+    events.HeadReceived: "head",
+    events.FirstTokenReceived: "token",
+    events.BufferFilled: "full",
+    events.StreamEnded: "ended",
+    events.AttemptFailed: "failed",
+    events.ProbeCompleted: "probed",
+    events.ModelsSynced: "synced",
+    events.ServerAdded: "server",
+    events.ServerRemovalRequested: "remove",
+    events.SyncRequested: "sync",
+    events.DrainDeadlinePassed: "drain",
+}
+COMMAND_CODES: Mapping[type, str] = {
+    commands.StartAttempt: "start",
+    commands.CancelAttempt: "cancel",
+    commands.CommitAttempt: "commit",
+    commands.PassAnswer: "pass",
+    commands.RejectRequest: "reject",
+    commands.AbortRequest: "abort",
+    commands.StartProbe: "probe",
+    commands.CancelProbe: "unprobe",
+    commands.ForgetServer: "forget",
+    commands.RecordDecision: "decision",
+}
+EVENT_OF = {code: cls for cls, code in EVENT_CODES.items()}
+COMMAND_OF = {code: cls for cls, code in COMMAND_CODES.items()}
+
+Chunks = list[list[Any]]
+Raised = str
+"""The name of the exception that came of a call, in the place of its commands."""
+
+
+class LogError(CoreError):
+    """A log cannot be read; `line` counts from 1."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(line, message)
+        self.line = line
+        self.message = message
+
+
+# --- one line ----------------------------------------------------------------------------------------------
+
+
+def fields_of(cls: type) -> tuple[str, ...]:
+    """Return the names of the fields of an event or command, in the order of a line."""
+    return tuple(cls._fields) if hasattr(cls, "_fields") else tuple(f.name for f in dataclasses.fields(cls))
+
+
+def _getter(cls: type) -> Callable[[Any], tuple[Any, ...]]:
+    names = fields_of(cls)
+    if not names:
+        return lambda _: ()
+    one = attrgetter(*names)
+    return one if len(names) > 1 else lambda thing: (one(thing),)
+
+
+_EVENT_FIELDS = {cls: (code, _getter(cls)) for cls, code in EVENT_CODES.items()}
+_COMMAND_FIELDS = {cls: (code, _getter(cls)) for cls, code in COMMAND_CODES.items() if cls is not RecordDecision}
+
+
+def written(command: Command) -> tuple[Any, ...]:
+    """Return a command as a line has it, without the words of servers."""
+    if isinstance(command, RecordDecision):
+        why = command.why
+        return ("decision", *(command if ": " not in why else command._replace(why=cut_text(why))))
+    if isinstance(command, RejectRequest | AbortRequest):
+        command = dataclasses.replace(command, message=cut_text(command.message))
+    code, get = _COMMAND_FIELDS[type(command)]
+    return (code, *get(command))
+
+
+class _Lines:
+    """Writes calls as lines and reads them; both depend on the lines before."""
+
+    def __init__(self, now_ns: int) -> None:
+        self._now_ns = now_ns
+        self._listings: dict[int, tuple[list[str], list[str]]] = {}  # what each server was last seen to have
+
+    def line(self, event: Event | None, outcome: list[Command] | Raised, now_ns: int, chunks: Chunks) -> str:
+        """Return the line of a call."""
+        delta_ns, self._now_ns = now_ns - self._now_ns, now_ns
+        came = outcome if isinstance(outcome, str) else [written(command) for command in outcome]
+        told = None if event is None else self._event(event)
+        parts = (delta_ns, told, came, [[*chunk[:3], now_ns - chunk[3], chunk[4]] for chunk in chunks])
+        return _dumps(parts if chunks else parts[:3]) + "\n"
+
+    def _event(self, event: Event) -> tuple[Any, ...]:
+        if isinstance(event, events.ModelsSynced):
+            listing = [model.name for model in event.available], [model.name for model in event.active]
+            known = self._listings.get(event.server_id) == listing
+            self._listings[event.server_id] = listing
+            return ("synced", event.server_id, event.probe_id, *(() if known else listing))
+        if isinstance(event, events.ServerAdded):
+            return ("server", dataclasses.asdict(event.settings))
+        if isinstance(event, events.AttemptFailed | events.ProbeCompleted):
+            event = dataclasses.replace(event, detail=cut_detail(event.reason, event.detail))
+        code, get = _EVENT_FIELDS[type(event)]
+        return (code, *get(event))
+
+    def read(self, line: str) -> tuple[Event | None, Any, int, Chunks]:
+        """Return what a line says: the event, what came of it, the time, the chunks before it."""
+        delta_ns, told, came, *rest = json.loads(line)
+        self._now_ns = now_ns = self._now_ns + delta_ns
+        chunks = [
+            [attempt_id, n_bytes, n_tokens, now_ns - ago, paused]
+            for attempt_id, n_bytes, n_tokens, ago, paused in (rest[0] if rest else ())
+        ]
+        return None if told is None else self._read_event(*told), came, now_ns, chunks
+
+    def _read_event(self, code: str, *fields: Any) -> Event:
+        cls: Any = EVENT_OF[code]
+        if cls is events.ModelsSynced:
+            server_id, probe_id, *listing = fields
+            available, active = listing or self._listings[server_id]
+            self._listings[server_id] = available, active
+            return events.ModelsSynced(
+                server_id,
+                probe_id,
+                tuple([ModelInfo(name, "", "", "") for name in available]),
+                tuple([ActiveModel(name, "") for name in active]),
+            )
+        if cls is events.ServerAdded:
+            return events.ServerAdded(ServerSettings(**fields[0]))
+        event: Event = cls(*fields)
+        if isinstance(event, events.RequestArrived):
+            return dataclasses.replace(event, kind=RequestKind(event.kind))
+        if isinstance(event, events.AttemptFailed | events.ProbeCompleted) and event.reason is not None:
+            return dataclasses.replace(event, reason=Reason(event.reason))
+        return event
+
+
+# --- recording ---------------------------------------------------------------------------------------------
+
+
+class Recorder(LoadBalancer):
+    """Stands in for a balancer, and writes down every call and what came of it.
+
+    `started` gives the time of day for the header, as text. `write` must not raise; it may call `begin`, which starts
+    a log anew: from there on it can be replayed by itself. A `handle_timeout` that has nothing to do is not written.
+    """
+
+    def __init__(  # the parts are those of the balancer, not new ones
+        self,
+        balancer: LoadBalancer,
+        write: Callable[[str], None],
+        *,
+        seed: int | None = None,
+        started: Callable[[], str] = str,
+    ) -> None:
+        self.config = balancer.config
+        self.timers = balancer.timers
+        self.fleet = balancer.fleet
+        self.ledger = balancer.ledger
+        self.placement = balancer.placement
+        self.balancer = balancer
+        self._write = write
+        self._seed = seed
+        self._started = started
+        self._now_ns = 0
+        self._pending: dict[int, list[Any]] = {}  # attempt: bytes, tokens, time of the last, paused
+        self._lines = _Lines(0)
+        self.begin()
+
+    def begin(self) -> None:
+        """Write the header and the state as it is: a log starts here. Raises SnapshotError."""
+        state = snapshot.take(self.balancer)
+        header = {
+            MARK: FORMAT,
+            "program": __version__,
+            "started": self._started(),
+            "seed": self._seed,
+            "now_ns": self._now_ns,
+        }
+        self._pending.clear()  # the state has them
+        self._lines = _Lines(self._now_ns)
+        self._write(_dumps(header) + "\n")
+        self._write(_dumps(state) + "\n")
+
+    def handle(self, event: Event, now_ns: int) -> list[Command]:
+        """As `LoadBalancer.handle`."""
+        if type(event) not in EVENT_CODES:
+            return self.balancer.handle(event, now_ns)  # which refuses it
+        chunks = self._chunks_seen_by(event) if self._pending else []
+        try:
+            outcome = self.balancer.handle(event, now_ns)
+        except Exception as error:
+            self._note(event, type(error).__name__, now_ns, chunks)
+            raise
+        self._note(event, outcome, now_ns, chunks)
+        return outcome
+
+    def handle_timeout(self, now_ns: int) -> list[Command]:
+        """As `LoadBalancer.handle_timeout`."""
+        due_ns = self.balancer.next_deadline()
+        if due_ns is None or due_ns > now_ns:
+            return self.balancer.handle_timeout(now_ns)
+        chunks = self._all_chunks()
+        try:
+            outcome = self.balancer.handle_timeout(now_ns)
+        except Exception as error:
+            self._note(None, type(error).__name__, now_ns, chunks)
+            raise
+        self._note(None, outcome, now_ns, chunks)
+        return outcome
+
+    def _note(self, event: Event | None, outcome: list[Command] | Raised, now_ns: int, chunks: Chunks) -> None:
+        self._now_ns = now_ns
+        self._write(self._lines.line(event, outcome, now_ns, chunks))
+
+    def next_deadline(self) -> int | None:
+        """As `LoadBalancer.next_deadline`."""
+        return self.balancer.next_deadline()
+
+    def note_chunk(self, attempt_id: int, n_bytes: int, n_tokens: int, now_ns: int) -> None:
+        """As `LoadBalancer.note_chunk`."""
+        pending = self._pending.get(attempt_id)
+        if pending is not None:
+            pending[0] += n_bytes
+            pending[1] += n_tokens
+            pending[2] = now_ns
+        elif attempt_id in self.ledger.attempts:
+            self._pending[attempt_id] = [n_bytes, n_tokens, now_ns, None]
+        self.balancer.note_chunk(attempt_id, n_bytes, n_tokens, now_ns)
+
+    def note_paused(self, attempt_id: int, *, paused: bool, now_ns: int) -> None:
+        """As `LoadBalancer.note_paused`."""
+        if attempt_id in self.ledger.attempts:
+            pending = self._pending.setdefault(attempt_id, [0, 0, now_ns, None])
+            pending[2:] = now_ns, paused
+        self.balancer.note_paused(attempt_id, paused=paused, now_ns=now_ns)
+
+    def _all_chunks(self) -> Chunks:
+        chunks = [[attempt_id, *pending] for attempt_id, pending in self._pending.items()]
+        self._pending.clear()
+        return chunks
+
+    def _chunks_seen_by(self, event: Event) -> Chunks:
+        """Take out the chunks that the core may look at for this event."""
+        if isinstance(event, events.RequestArrived):
+            return []
+        request: Request | None
+        if isinstance(event, events.DownstreamClosed):
+            request = self.ledger.requests.get(event.request_id)
+        elif (attempt_id := getattr(event, "attempt_id", None)) is not None:
+            attempt = self.ledger.attempts.get(attempt_id)
+            request = None if attempt is None else attempt.request
+        else:
+            return self._all_chunks()
+        if request is None:
+            return []  # it comes late, and means nothing
+        taken = [(attempt.id, self._pending.pop(attempt.id, None)) for attempt in request.attempts]
+        return [[attempt_id, *pending] for attempt_id, pending in taken if pending is not None]
+
+
+# --- replaying ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One call that was made again."""
+
+    line: int
+    now_ns: int
+    event: Event | None
+    recorded: str  # the line as it stands in the log
+    replayed: str  # the line as it would be written now
+    n_commands: int
+    n_chunks: int
+
+    @property
+    def same(self) -> bool:
+        """Whether the same came of it, byte for byte."""
+        return self.recorded == self.replayed
+
+
+class Replay:
+    """Makes the calls of a log again: iterate over its steps. Raises LogError for what cannot be read.
+
+    `balancer` is the replayed core, in the state after the last step; `before` is called ahead of each call with the
+    event, its time and the line, so that one can look at the state in which it found the core. `truncated` is the
+    number of the last line if the log breaks off in it, as when the program was killed.
+    """
+
+    def __init__(
+        self,
+        lines: Iterable[str],
+        *,
+        before: Callable[[Event | None, int, str], None] | None = None,
+        placement_type: Callable[[Config, Any, Random], Placement] = Placement,
+    ) -> None:
+        self._before = before
+        self._numbered = enumerate(lines, 1)
+        self.truncated: int | None = None
+        self.header = self._read_header()
+        self._now_ns: int = self.header["now_ns"]
+        self.balancer = self._read_state(placement_type)
+
+    def _read_header(self) -> dict[str, Any]:
+        number, line = next(self._numbered, (1, ""))
+        if not line.strip():
+            raise LogError(number, "it is empty: there is no header")
+        try:
+            header = json.loads(line)
+            found = header[MARK]
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+            raise LogError(number, "this is not the header of an event log of ollama-lb") from None
+        if found != FORMAT:
+            raise LogError(number, f"the log has format {found!r}; this version reads format {FORMAT}")
+        if not isinstance(header.get("now_ns"), int):
+            raise LogError(number, "the header lacks now_ns")
+        return dict(header)
+
+    def _read_state(self, placement_type: Callable[[Config, Any, Random], Placement]) -> LoadBalancer:
+        number, line = next(self._numbered, (2, ""))
+        if not line.endswith("\n"):
+            raise LogError(number, "the log ends before the state of the balancer does: there is nothing to replay")
+        try:
+            return snapshot.load(json.loads(line), placement_type)
+        except (ValueError, RecursionError):
+            raise LogError(number, "the state of the balancer is not JSON") from None
+        except snapshot.SnapshotError as error:
+            written_by = self.header.get("program")
+            raise LogError(
+                number,
+                f"the state of the balancer cannot be read: {error} "
+                f"(written by version {written_by}, this is {__version__})",
+            ) from None
+
+    def __iter__(self) -> Iterator[Step]:
+        reading, writing = _Lines(self._now_ns), _Lines(self._now_ns)
+        for number, line in self._numbered:
+            try:
+                event, _, now_ns, chunks = reading.read(line)
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+                if not line.endswith("\n"):
+                    self.truncated = number
+                    return
+                raise LogError(number, f"this is no call of the core ({type(error).__name__}: {error})") from None
+            if self._before is not None:
+                self._before(event, now_ns, line)
+            recorded = line if line.endswith("\n") else f"{line}\n"
+            outcome = self._call(event, now_ns, chunks)
+            replayed = writing.line(event, outcome, now_ns, chunks)
+            n_commands = 0 if isinstance(outcome, str) else len(outcome)
+            yield Step(number, now_ns, event, recorded, replayed, n_commands, len(chunks))
+
+    def _call(self, event: Event | None, now_ns: int, chunks: Chunks) -> list[Command] | Raised:
+        balancer = self.balancer
+        try:
+            for attempt_id, n_bytes, n_tokens, at_ns, paused in chunks:
+                balancer.note_chunk(attempt_id, n_bytes, n_tokens, at_ns)
+                if paused is not None:
+                    balancer.note_paused(attempt_id, paused=paused, now_ns=at_ns)
+            return balancer.handle_timeout(now_ns) if event is None else balancer.handle(event, now_ns)
+        except Exception as error:  # noqa: BLE001  it may have come of it then, too
+            return type(error).__name__
