@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lbcore.config import Config
-from lbcore.parsing import ABSENT, Keys, Problem, RefusedError, parse_table, show
-from lbcore.schema import Field, fields_of, format_value, join, keys_of, walk
+from lbcore.config_order import CORE_ORDER, Order, check_order
+from lbcore.config_routes import ROUTE_KEYS, parse_routes
+from lbcore.parsing import ABSENT, Keys, Problem, RefusedError, parse_table
+from lbcore.schema import fields_of, join, keys_of
 from lbio.addresses import Address, parse_listen
-from lbio.config_routes import ROUTE_KEYS, parse_routes
 from lbio.config_servers import (
     SERVER_KEYS,
     Keyed,
@@ -67,17 +68,7 @@ _FLAGS: Sequence[tuple[str, str, str, str]] = (
 )
 """(field of `Overrides`, flag, table, key) of the flags that set one key."""
 
-_ORDERED: Sequence[tuple[str, str]] = (
-    ("race.racers_min", "race.racers_max"),
-    ("race.hedge_delay_min", "race.hedge_delay_initial"),
-    ("race.hedge_delay_initial", "race.hedge_delay_max"),
-    ("health.success", "health.value_max"),
-    ("health.fastest", "health.value_max"),
-    ("probe.interval_dead", "probe.interval_dead_max"),
-    ("timeouts.first_token_warm", "timeouts.first_token_cold"),
-    ("limits.body_bytes_max", "limits.bodies_bytes_max"),
-)
-"""Pairs of keys of which the first must not exceed the second."""
+_ORDERED: Order = (*CORE_ORDER, ("limits.body_bytes_max", "limits.bodies_bytes_max"))
 
 _CORE_TABLES = frozenset(field.key for field in fields_of(Config))
 _OWN_PARSERS = frozenset({"servers", "routes", "fleet"})
@@ -158,7 +149,7 @@ def parse(raw: Mapping[str, Any], overrides: Overrides = NO_OVERRIDES, *, base: 
     if fleet and check_fleet is not None:
         check_fleet(fleet, problems)
     routes = parse_routes(raw.get("routes", {}), core.race, problems, _ALL_KEYS)
-    _check_order(raw, app, core, problems)
+    check_order(raw, (app, core), _ORDERED, problems)
     if need_servers and not (servers or fleet or problems):
         problems.append(NO_SERVERS)
     if problems:
@@ -249,29 +240,6 @@ def _fleet(raw: Mapping[str, Any], overrides: Overrides, servers: Iterable[Keyed
 
 
 # --- checks across keys ------------------------------------------------------------------------------------
-
-
-def _check_order(raw: Mapping[str, Any], app: AppConfig, core: Config, problems: list[Problem]) -> None:
-    """Append a problem for each pair of `_ORDERED` that is the wrong way round, if both are sound by themselves."""
-    wrong = {problem.key for problem in problems}
-    held = {join(table, field.key): (field, value) for part in (app, core) for table, field, value in walk(part)}
-    for low_key, high_key in _ORDERED:
-        (low_field, low), (high_field, high) = held[low_key], held[high_key]
-        if low > high and not {low_key, high_key} & wrong:
-            message = (f"{_by_default(raw, low_key)}is more than {high_key}, which is "
-                       f"{_as_written(high_field, high)}{_by_default(raw, high_key)}").rstrip()
-            value = low if low_field.setting is None else format_value(low_field.setting.kind, low)
-            problems.append(Problem(low_key, value, message, "lower the one or raise the other"))
-
-
-def _by_default(raw: Mapping[str, Any], key: str) -> str:
-    """Return a remark for a value that the file does not mention."""
-    table, _, name = key.rpartition(".")
-    return "" if name in raw.get(table, {}) else "(the default) "
-
-
-def _as_written(field: Field, value: Any) -> str:
-    return show(value if field.setting is None else format_value(field.setting.kind, value)) + " "
 
 
 def _app_warnings(app: AppConfig) -> Iterable[str]:

@@ -9,11 +9,11 @@ from typing import Any
 import tomli_w
 
 from lbcore.config import ServerSettings
+from lbcore.config_routes import dump_routes
 from lbcore.ollama import PASS_THROUGH, ROUTES, Route
 from lbcore.parsing import quote, show
 from lbcore.schema import Field, Setting, describe_setting, fields_of, format_value, join, walk
 from lbio.addresses import parse_server_url
-from lbio.config_routes import dump_routes
 from lbio.settings import AppConfig
 
 # --- what differs ------------------------------------------------------------------------------------------

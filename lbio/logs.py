@@ -6,10 +6,11 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lbcore.commands import Decision, RecordDecision
+from lbcore.decision_words import decision_words
 from lbcore.schema import MS_NS
 from lbio.exchange import ClientRequest
 from lbio.late_writer import LateWriter
@@ -136,36 +137,9 @@ def _fields(decision: RecordDecision, request: ClientRequest | None) -> dict[str
     return fields
 
 
-def _ms(d: RecordDecision) -> str:
-    return f"{d.took_ns / MS_NS:.0f} ms"
-
-
-_WORDS: Mapping[Decision, Callable[[RecordDecision], str]] = {
-    Decision.QUEUED: lambda d: f"waits: {d.why}",
-    Decision.STARTED: lambda d: f"-> {' + '.join(d.names)} ({d.why})",
-    Decision.HEDGED: lambda d: f"hedged to {' + '.join(d.names)}: {d.why}",
-    Decision.RETRIED: lambda d: f"retried on {' + '.join(d.names)}: {d.why}" if d.names else f"not retried: {d.why}",
-    Decision.COMMITTED: lambda d: f"{d.server} won after {_ms(d)} ({d.why})",
-    Decision.CANCELLED: lambda d: f"{d.server} cancelled after {_ms(d)}: {d.why}",
-    Decision.ATTEMPT_FAILED: lambda d: f"{d.why} (after {_ms(d)})",
-    Decision.FINISHED: lambda d: f"done in {_ms(d)} by {d.server}{': ' if d.why else ''}{d.why}",
-    Decision.REJECTED: lambda d: f"refused with {d.why}",
-    Decision.FAILED: lambda d: f"failed after {_ms(d)}: {d.why}",
-    Decision.ABORTED: lambda d: f"ended after {_ms(d)}: {d.why}",
-    Decision.HEALTH: lambda d: f"{d.server} health {d.before} -> {d.after}: {d.why}",
-    Decision.SERVER_ADDED: lambda d: f"{d.server} {d.why}",
-    Decision.SERVER_BACK: lambda d: f"{d.server} is back: {d.why}",
-    Decision.SERVER_DIED: lambda d: f"{d.server} is dead: {d.why}",
-    Decision.SERVER_DRAINING: lambda d: f"{d.server} is being removed: {d.why}",
-    Decision.SERVER_GONE: lambda d: f"{d.server} is removed",
-    Decision.RELIABILITY: lambda d: f"{d.server} {d.before} -> {d.after}: {d.why}",
-}
-
-
 def in_words(decision: RecordDecision, request: ClientRequest | None) -> str:
     """Return one decision as a line: `#17 /api/chat llama3.2 gpu1 won after 53 ms (first-token)`."""
-    words = _WORDS.get(decision.decision)
-    text = words(decision) if words is not None else f"{decision.server} {decision.decision}: {decision.why}"
+    text = decision_words(decision)
     if request is None:
         return text
     what = f"{request.head.path} {request.facts.model or ''}".rstrip()

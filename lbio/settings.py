@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from lbcore.config import Config, RaceSettings, Strategy, Winner
-from lbcore.schema import MS_NS, SECOND_NS, Kind, Setting, count, duration, section, setting, size
+from lbcore.config import Config
+from lbcore.schema import MS_NS, SECOND_NS, Kind, count, duration, section, setting, size
 
 DEFAULT_LISTEN = "0.0.0.0:11434"
 """Ollama's own port, on every interface: a balancer is there to be reached."""
@@ -139,24 +138,6 @@ class LogSettings:
         "one line for each decision at level info: who raced, who won and when, whose health changed "
         "and why",
         default=True)
-
-
-def _as_in_race(name: str) -> Any:
-    """Declare a key that is optional here and otherwise like the one in `[race]`."""
-    declared: Setting = RaceSettings.__dataclass_fields__[name].metadata["setting"]
-    return dataclasses.field(default=None, metadata={"setting": declared})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouteTable:
-    """One route written as a table; what it leaves out comes from the route and from `[race]`."""
-
-    strategy: Strategy | None = setting(Kind.CHOICE, "how requests are spread over the servers", None,
-                                        choices=Strategy)
-    winner: Winner | None = _as_in_race("winner")
-    racers_min: int | None = _as_in_race("racers_min")
-    racers_max: int | None = _as_in_race("racers_max")
-    hedges_max: int | None = _as_in_race("hedges_max")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,40 @@
+"""Decisions in words, as the log and the simulator's stories tell them (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from lbcore.commands import Decision, RecordDecision
+from lbcore.schema import MS_NS
+
+
+def _ms(d: RecordDecision) -> str:
+    return f"{d.took_ns / MS_NS:.0f} ms"
+
+
+_WORDS: Mapping[Decision, Callable[[RecordDecision], str]] = {
+    Decision.QUEUED: lambda d: f"waits: {d.why}",
+    Decision.STARTED: lambda d: f"-> {' + '.join(d.names)} ({d.why})",
+    Decision.HEDGED: lambda d: f"hedged to {' + '.join(d.names)}: {d.why}",
+    Decision.RETRIED: lambda d: f"retried on {' + '.join(d.names)}: {d.why}" if d.names else f"not retried: {d.why}",
+    Decision.COMMITTED: lambda d: f"{d.server} won after {_ms(d)} ({d.why})",
+    Decision.CANCELLED: lambda d: f"{d.server} cancelled after {_ms(d)}: {d.why}",
+    Decision.ATTEMPT_FAILED: lambda d: f"{d.why} (after {_ms(d)})",
+    Decision.FINISHED: lambda d: f"done in {_ms(d)} by {d.server}{': ' if d.why else ''}{d.why}",
+    Decision.REJECTED: lambda d: f"refused with {d.why}",
+    Decision.FAILED: lambda d: f"failed after {_ms(d)}: {d.why}",
+    Decision.ABORTED: lambda d: f"ended after {_ms(d)}: {d.why}",
+    Decision.HEALTH: lambda d: f"{d.server} health {d.before} -> {d.after}: {d.why}",
+    Decision.SERVER_ADDED: lambda d: f"{d.server} {d.why}",
+    Decision.SERVER_BACK: lambda d: f"{d.server} is back: {d.why}",
+    Decision.SERVER_DIED: lambda d: f"{d.server} is dead: {d.why}",
+    Decision.SERVER_DRAINING: lambda d: f"{d.server} is being removed: {d.why}",
+    Decision.SERVER_GONE: lambda d: f"{d.server} is removed",
+    Decision.RELIABILITY: lambda d: f"{d.server} {d.before} -> {d.after}: {d.why}",
+}
+
+
+def decision_words(decision: RecordDecision) -> str:
+    """Return what was decided, without the request it is about: `gpu1 won after 53 ms (first-token)`."""
+    words = _WORDS.get(decision.decision)
+    return words(decision) if words is not None else f"{decision.server} {decision.decision}: {decision.why}"
