@@ -63,26 +63,23 @@ class AdmissionQueue:
 class RaceBudget:
     """Credits for extra attempts: each request earns `budget`, each racer or hedge spends one (a token bucket)."""
 
-    __slots__ = ("_credits", "_per_request")
+    __slots__ = ("_credits_max", "_per_request", "credits")
 
     def __init__(self, settings: RaceSettings) -> None:
         self._per_request = settings.budget
-        self._credits = RACE_BURST if settings.budget > 0 else 0.0
-
-    @property
-    def credits(self) -> float:
+        self._credits_max = max(RACE_BURST, settings.budget)
+        self.credits = RACE_BURST if settings.budget > 0 else 0.0
         """Extra attempts that may be started now."""
-        return self._credits
 
     def earn(self) -> None:
         """Count one request."""
-        self._credits = min(max(RACE_BURST, self._per_request), self._credits + self._per_request)
+        self.credits = min(self._credits_max, self.credits + self._per_request)
 
     def spend(self) -> bool:
         """Pay for one extra attempt; False when there is no credit."""
-        if self._credits < 1.0:
+        if self.credits < 1.0:
             return False
-        self._credits -= 1.0
+        self.credits -= 1.0
         return True
 
 

@@ -29,6 +29,28 @@ def _why_not(server: Server) -> str:
     return "it is being removed" if server.state is ServerState.DRAINING else server.last_error or "not probed yet"
 
 
+class Holders:
+    """The live servers that have a model, their records of it, and what follows from both until the catalog changes."""
+
+    __slots__ = ("in_flight_max", "records", "servers", "slots")
+
+    def __init__(self, servers: list[Server], model: str | None) -> None:
+        self.servers = servers
+        self.records = [server.models[model] for server in servers] if model is not None else []
+        self.slots = sum(s.slots for s, record in zip(servers, self.records, strict=False) if record.loaded)
+        """Of those that have it loaded."""
+        self.in_flight_max = min((server.in_flight_max for server in servers), default=0)
+        """What each of them may be sent at least."""
+
+    def with_room(self) -> list[Server]:
+        """Return those that may be sent one more request for the model: mostly all of them."""
+        records = self.records
+        if not records or max([record.in_flight for record in records]) < self.in_flight_max:
+            return self.servers
+        pairs = zip(self.servers, records, strict=True)
+        return [server for server, record in pairs if record.in_flight < server.in_flight_max]
+
+
 class Fleet:
     """All servers by id, in the order they were named."""
 
@@ -40,7 +62,7 @@ class Fleet:
         self._last_probe_id = 0
         self.servers: dict[int, Server] = {}
         self.stats: dict[str, ModelStats] = {}
-        self._holders: dict[str | None, list[Server]] = {}
+        self._holders: dict[str | None, Holders] = {}  # a cache
         self.version = 0  # changes whenever the catalog does, so that answers made of it can be kept until then
         for settings in config.servers:
             self._new_server(settings, 0)
@@ -50,12 +72,16 @@ class Fleet:
 
     def holders(self, model: str | None) -> list[Server]:
         """Return the live servers that have a model (None: all that are alive); not to be changed by the caller."""
+        return self.pool(model).servers
+
+    def pool(self, model: str | None) -> Holders:
+        """Return the same servers, and what else follows from the catalog."""
         known = self._holders.get(model)
         if known is None:
             if len(self._holders) >= _HOLDERS_MAX:  # names come from clients
                 self._holders.clear()
-            known = [server for server in self if server.is_alive and (model is None or server.has(model))]
-            self._holders[model] = known
+            servers = [server for server in self if server.is_alive and (model is None or server.has(model))]
+            known = self._holders[model] = Holders(servers, model)
         return known
 
     def _changed(self) -> None:
@@ -204,10 +230,10 @@ class Fleet:
             self.probe_now(server, now_ns, changed=True)  # /api/ps lists it from now on
         elif attempt.request.stream and kind is RequestKind.GENERATE:
             target.note_first_token(took_ns, now_ns)
-        if not target.loaded and target.available is None:
-            self._changed()
-        target.loaded = True
         target.runner_key = attempt.request.runner_key
+        if not target.loaded:
+            target.loaded = True
+            self._changed()
 
     # --- models --------------------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ from lbcore.records import Request, Server
 from lbcore.states import Reliability, ServerState
 
 _MANY = frozenset({Strategy.RACE, Strategy.HEDGE})
+_GENERATE = RequestKind.GENERATE  # bound once: a look-up in the enum's class costs more than what it is used for
+_RELIABLE = Reliability.RELIABLE
 
 
 class Placement:
@@ -28,21 +30,23 @@ class Placement:
         self._fleet = fleet
         self._rng = Random(rng.getrandbits(64))
         self._resurrect_rng = Random(rng.getrandbits(64))
+        self._resurrect = config.health.resurrect
         self.race_budget = RaceBudget(config.race)
 
-    def order(self, candidates: Sequence[Server], request: Request, now_ns: int) -> list[Server]:
+    def order(self, candidates: Sequence[Server], request: Request, now_ns: int) -> Sequence[Server]:
         """Return the candidates, the one to ask first in front."""
         return selection.order(candidates, request, self._config, self._rng, now_ns)
 
     def first(self, request: Request, candidates: Sequence[Server], now_ns: int) -> list[Server]:
         """Return who gets the request at once: the primary, then its racers."""
         ordered = self.order(candidates, request, now_ns)
-        if request.kind is not RequestKind.GENERATE or request.route.strategy not in _MANY:
-            return ordered[:1]
+        primary = ordered[0]
+        if request.kind is not _GENERATE or request.route.strategy not in _MANY:
+            return [primary]
         extra = self._racers(request, ordered, now_ns)
-        if not extra and ordered[0].doubted:
+        if not extra and primary.doubted:
             extra = _companion(request, ordered)
-        return [ordered[0], *extra]
+        return [primary, *extra]
 
     def _racers(self, request: Request, ordered: Sequence[Server], now_ns: int) -> list[Server]:
         """Return the extra racers.
@@ -50,18 +54,20 @@ class Placement:
         `racers_min` whatever it costs; the rest only where the model is loaded and a slot is idle, while the model's
         slots are little used and the race budget lasts (design §5).
         """
-        route = request.route
-        if route.racers_max < 2:
+        route, budget = request.route, self.race_budget
+        n_min, n_max = route.racers_min, route.racers_max - 1
+        if n_max < 1:
             return []
-        extra = list(ordered[1 : route.racers_min])
-        if self._resurrect_rng.random() < self._config.health.resurrect and len(extra) + 1 < route.racers_max:
-            extra += self._outcast(request, ordered[: route.racers_min])
-        if self.race_budget.credits >= 1.0 and self._utilisation(request) <= self._config.race.utilisation_max:
-            for server in ordered[max(1, route.racers_min) :]:
-                if len(extra) + 1 >= route.racers_max or self.race_budget.credits < 1.0:
-                    break
-                if server not in extra and _is_trusted_and_ready(server, request, now_ns) and self.race_budget.spend():
+        extra = list(ordered[1:n_min]) if n_min > 1 else []
+        if self._resurrect_rng.random() < self._resurrect and len(extra) < n_max:
+            extra += self._outcast(request, [ordered[0], *extra])
+        if len(extra) < n_max and budget.credits >= 1.0 and self._is_little_used(request.model):
+            for i in range(n_min, len(ordered)):
+                server = ordered[i]
+                if server not in extra and _is_trusted_and_ready(server, request, now_ns) and budget.spend():
                     extra.append(server)
+                    if len(extra) >= n_max or budget.credits < 1.0:
+                        break
         return extra
 
     def _outcast(self, request: Request, chosen: Sequence[Server]) -> list[Server]:
@@ -79,15 +85,17 @@ class Placement:
             return []
         return [outcasts[self._resurrect_rng.randrange(len(outcasts))]]
 
-    def _utilisation(self, request: Request) -> float:
-        """Return the share of this model's slots that are in use on live servers that have it loaded."""
-        busy = slots = 0
-        for server in self._fleet.holders(request.model):
-            record = server.models.get(request.model or "")
-            if record is not None and record.loaded:
-                slots += server.slots
-                busy += min(record.in_flight, server.slots)
-        return busy / slots if slots else 0.0
+    def _is_little_used(self, model: str | None) -> bool:
+        """Tell whether few of this model's slots are in use on live servers that have it loaded: extra racers pay."""
+        holders = self._fleet.pool(model)
+        if not holders.slots:
+            return True
+        limit = self._config.race.utilisation_max
+        if sum([record.in_flight for record in holders.records]) / holders.slots <= limit:
+            return True  # even if each of them was in a slot
+        pairs = zip(holders.servers, holders.records, strict=True)
+        busy = sum(min(record.in_flight, server.slots) for server, record in pairs if record.loaded)
+        return busy / holders.slots <= limit
 
     def hedge(self, request: Request, now_ns: int) -> Server | None:
         """Return one more server to ask.
@@ -143,7 +151,9 @@ def is_in_doubt(server: Server) -> bool:
 
 
 def _is_trusted_and_ready(server: Server, request: Request, now_ns: int) -> bool:
-    return selection.is_ready(server, request) and not server.doubted and not selection.is_passed_over(server, now_ns)
+    if server.doubted or (server.reliability is not _RELIABLE and selection.is_passed_over(server, now_ns)):
+        return False
+    return selection.is_ready(server, request)
 
 
 def _companion(request: Request, ordered: Sequence[Server]) -> list[Server]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lbcore import race, selection
+from lbcore import race
 from lbcore.commands import AbortRequest, AttemptKind, Command, Decision, PassAnswer, RejectRequest
 from lbcore.config import Config
 from lbcore.events import DownstreamClosed, DrainDeadlinePassed, Reason, RequestArrived
@@ -56,9 +56,9 @@ class Requests:
         request.awaits_sync = False
         if request.kind is RequestKind.UNLOAD and self._start_unload(request, now_ns):
             return True
-        candidates = selection.eligible(self._fleet.holders(request.model), request)
-        if candidates:
-            with_room = selection.with_room(candidates, request)
+        holders = self._fleet.pool(request.model)
+        if holders.servers:
+            with_room = holders.with_room() if request.generates else holders.servers
             if not with_room:
                 return False
             self._start_racing(request, with_room, now_ns)

@@ -1,17 +1,19 @@
 """Who is asked, and in which order (pure; the random generator is passed in).
 
 Candidates are ranked by the first-token time to be expected of them, in steps of a factor of two, and sampled within a
-rank by health: weighted sampling without replacement over all of them (Efraimidis & Spirakis 2006, in its exponential
-form). A server's weight is shared by what is in flight on it, or the healthiest would get all until it is full. So a
-server that is a little slower keeps its share, and one that is far slower, must load the model first or has a queue is
-asked when the others cannot.
+rank by health: weighted sampling without replacement, one after the other, as far as it is asked for (the order has the
+distribution of Efraimidis & Spirakis 2006, which draws for all at once). A server's weight is shared by what is in
+flight on it, or the healthiest would get all until it is full. So a server that is a little slower keeps its share, and
+one that is far slower, must load the model first or has a queue is asked when the others cannot.
 """
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
-from math import log
+from itertools import accumulate
 from random import Random
+from typing import overload
 
 from lbcore.config import Config, Policy
 from lbcore.records import LOAD_UNKNOWN_NS, SERVICE_UNKNOWN_NS, TTFT_UNKNOWN_NS, Request, Server, ServerModel
@@ -19,6 +21,8 @@ from lbcore.states import Reliability
 
 _LAST_RANKS = 1000  # behind all others, in the same order among themselves
 _WEIGHT_MIN = 1e-6  # of a server that has never been alive
+_RELIABLE = Reliability.RELIABLE  # bound once: a look-up in the enum's class costs more than what it is used for
+_BY_HEALTH = Policy.HEALTH
 
 
 def eligible(holders: list[Server], request: Request) -> list[Server]:
@@ -54,7 +58,7 @@ def is_ready(server: Server, request: Request) -> bool:
 
 def is_passed_over(server: Server, now_ns: int) -> bool:
     """Tell whether others go first, since streams broke here: until its time has come, and while its chance runs."""
-    if server.reliability is Reliability.RELIABLE:
+    if server.reliability is _RELIABLE:
         return False
     running = server.reliability is Reliability.SECOND_CHANCE and server.in_flight > 0
     return running or now_ns < server.trusted_from_ns
@@ -82,38 +86,94 @@ def expected_ns(server: Server, record: ServerModel, request: Request, first_tok
     return expected
 
 
-def order(candidates: Sequence[Server], request: Request, config: Config, rng: Random, now_ns: int) -> list[Server]:
+def order(
+    candidates: Sequence[Server], request: Request, config: Config, rng: Random, now_ns: int
+) -> Sequence[Server]:
     """Return the candidates, the one to ask first in front.
 
-    Draws one random number per candidate, in the order given, so that a run can be repeated.
+    They are drawn as far as they are looked at, one random number for each, and none for the last of a rank; so look
+    before anything changes.
     """
     if len(candidates) == 1:
-        return list(candidates)
-    draw = rng.random
-    keys: list[tuple[int, float, int]] = []
-    for i, rank in enumerate(_ranks(candidates, request, config, now_ns)):
-        server = candidates[i]
-        if server.reliability is not Reliability.RELIABLE and is_passed_over(server, now_ns):
-            rank += _LAST_RANKS  # noqa: PLW2901
-        keys.append((rank, -log(1.0 - draw()) * (1 + server.in_flight) / (server.health or _WEIGHT_MIN), i))
-    keys.sort()
-    return [candidates[key[2]] for key in keys]
+        return candidates
+    return Drawn(candidates, _ranks(candidates, request, config, now_ns), rng)
+
+
+class Drawn(Sequence[Server]):
+    """Servers by rank, in random order within a rank: each next one with a probability in proportion to its weight.
+
+    Mostly one or two of many are looked at, so each is drawn only then.
+    """
+
+    __slots__ = ("_candidates", "_drawn", "_group", "_rank", "_ranks", "_rng", "_weights")
+
+    def __init__(self, candidates: Sequence[Server], ranks: list[int], rng: Random) -> None:
+        self._candidates = candidates
+        self._ranks = ranks
+        self._rng = rng
+        self._drawn: list[Server] = []
+        self._rank = -1
+        self._group: list[Server] = []  # what is left of the rank that is being drawn
+        self._weights: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._candidates)
+
+    @overload
+    def __getitem__(self, index: int) -> Server: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Server]: ...
+    def __getitem__(self, index: int | slice) -> Server | list[Server]:
+        drawn = self._drawn
+        wanted = index + 1 if isinstance(index, int) and index >= 0 else len(self._candidates)
+        while len(drawn) < wanted and len(drawn) < len(self._candidates):
+            drawn.append(self._draw())
+        return drawn[index]
+
+    def _draw(self) -> Server:
+        group, weights = self._group, self._weights
+        if not group:
+            self._rank = rank = min([rank for rank in self._ranks if rank > self._rank])
+            pairs = zip(self._candidates, self._ranks, strict=True)
+            self._group = group = [server for server, its_rank in pairs if its_rank == rank]
+            weights = [(server.health or _WEIGHT_MIN) / (1 + server.in_flight) for server in group]
+            self._weights = weights
+        if len(group) == 1:
+            return group.pop()
+        sums = list(accumulate(weights))
+        i = bisect(sums, self._rng.random() * sums[-1], 0, len(sums) - 1)
+        del weights[i]
+        return group.pop(i)
 
 
 def _ranks(candidates: Sequence[Server], request: Request, config: Config, now_ns: int) -> list[int]:
-    """Return for each candidate how often its expected first-token time doubles the best one's."""
+    """Return for each candidate how often its expected first-token time doubles the best one's.
+
+    Those that are passed over are ranked behind all others.
+    """
+    ranks = _ranks_by_time(candidates, request, config, now_ns)
+    for i, server in enumerate(candidates):
+        if server.reliability is not _RELIABLE and is_passed_over(server, now_ns):
+            ranks[i] += _LAST_RANKS
+    return ranks
+
+
+def _ranks_by_time(candidates: Sequence[Server], request: Request, config: Config, now_ns: int) -> list[int]:
     model, runner_key = request.model, request.runner_key
     if model is None or not request.generates:
         return [0] * len(candidates)
     records = [server.models[model] for server in candidates]
-    if config.selection.policy is Policy.HEALTH:
+    settings = config.selection
+    if settings.policy is _BY_HEALTH:
         return [0 if record.is_warm(runner_key) else 1 for record in records]
-    best_ns = min([record.known_ns for record in records if record.known_ns], default=TTFT_UNKNOWN_NS)
+    known = [record.known_ns for record in records]
+    best_ns = min(known) or min(filter(None, known), default=TTFT_UNKNOWN_NS)
+    twice_ns = 2 * best_ns
     expected: list[float] = []
     for server, record in zip(candidates, records, strict=True):
         first_token_ns: float = record.known_ns or best_ns
-        if first_token_ns >= 2 * best_ns:  # below, the rank is the same whatever has faded
-            first_token_ns = faded_ns(record, best_ns, now_ns, config.selection.forget_ns)
+        if first_token_ns >= twice_ns:  # below, the rank is the same whatever has faded
+            first_token_ns = faded_ns(record, best_ns, now_ns, settings.forget_ns)
         if (
             record.in_flight >= server.slots
             or not record.loaded
@@ -122,4 +182,5 @@ def _ranks(candidates: Sequence[Server], request: Request, config: Config, now_n
             first_token_ns = expected_ns(server, record, request, first_token_ns)
         expected.append(first_token_ns)
     soonest = max(min(expected), 1.0)
-    return [0 if e < 2 * soonest else int(e / soonest).bit_length() - 1 for e in expected]
+    limit = 2 * soonest
+    return [0 if e < limit else int(e / soonest).bit_length() - 1 for e in expected]

@@ -8,6 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from typing import TypeVar
+
+_StateT = TypeVar("_StateT", bound=StrEnum)
+_InputT = TypeVar("_InputT", bound=StrEnum)
+
+
+def _by_state(
+    table: Mapping[tuple[_StateT, _InputT], _StateT], states: type[_StateT]
+) -> Mapping[_StateT, Mapping[_InputT, _StateT]]:
+    """Return the same table as one row a state, empty for a final one: such a look-up makes no tuple to hash."""
+    return {state: {given: to for (at, given), to in table.items() if at is state} for state in states}
 
 
 class RequestState(StrEnum):
@@ -46,6 +57,7 @@ REQUEST_TRANSITIONS: Mapping[tuple[RequestState, RequestInput], RequestState] = 
     (RequestState.RELAYING, RequestInput.ABORT): RequestState.ABORTED,
 }
 
+REQUEST_STEPS = _by_state(REQUEST_TRANSITIONS, RequestState)
 REQUEST_ENDS = frozenset({RequestState.DONE, RequestState.REJECTED, RequestState.FAILED, RequestState.ABORTED})
 
 
@@ -89,6 +101,7 @@ ATTEMPT_TRANSITIONS: Mapping[tuple[AttemptState, AttemptInput], AttemptState] = 
     **{(state, _I.CANCEL): _A.CANCELLED for state in _LIVE},
 }
 
+ATTEMPT_STEPS = _by_state(ATTEMPT_TRANSITIONS, AttemptState)
 ATTEMPT_ENDS = frozenset({AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.CANCELLED})
 
 
@@ -143,12 +156,12 @@ RELIABILITY_TRANSITIONS: Mapping[tuple[Reliability, ReliabilityInput], Reliabili
 
 def step_request(state: RequestState, given: RequestInput) -> RequestState | None:
     """Return the next state of a request, or None when `given` means nothing in `state`."""
-    return REQUEST_TRANSITIONS.get((state, given))
+    return REQUEST_STEPS[state].get(given)
 
 
 def step_attempt(state: AttemptState, given: AttemptInput) -> AttemptState | None:
     """Return the next state of an attempt, or None when `given` means nothing in `state`."""
-    return ATTEMPT_TRANSITIONS.get((state, given))
+    return ATTEMPT_STEPS[state].get(given)
 
 
 def step_server(state: ServerState, given: ServerInput) -> ServerState | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 from enum import IntEnum
+from heapq import heapify, heappop, heappush
 
 _SLACK = 64
 """Stale heap entries that are tolerated beyond the number of armed timers before the heap is rebuilt."""
@@ -20,51 +20,58 @@ class TimerKind(IntEnum):
 
 
 class Timers:
-    """Armed timers, each known by (kind, owner id). Ties are broken by the order of arming."""
+    """Armed timers, each known by (kind, owner id). Ties are broken by the order of arming.
+
+    A cancelled timer stays in the heap until it comes to the top, or until such entries are too many.
+    """
 
     __slots__ = ("_armed", "_heap", "_seq")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, tuple[TimerKind, int]]] = []
-        self._armed: dict[tuple[TimerKind, int], int] = {}  # sequence number of the entry that counts
+        self._heap: list[tuple[int, int, TimerKind, int]] = []
+        self._armed: tuple[dict[int, int], ...] = tuple({} for _ in TimerKind)
+        """For each kind: by owner, the sequence number of the entry that counts."""
         self._seq = 0
 
     def __len__(self) -> int:
-        return len(self._armed)
+        return sum(map(len, self._armed))
 
     def __repr__(self) -> str:
-        return f"<Timers {len(self._armed)} armed, next {self.next_deadline()}>"
+        return f"<Timers {len(self)} armed, next {self.next_deadline()}>"
 
     def arm(self, kind: TimerKind, owner_id: int, deadline_ns: int) -> None:
         """Arm, or arm anew, the owner's timer of this kind."""
-        key = kind, owner_id
         self._seq = seq = self._seq + 1
-        self._armed[key] = seq
-        heapq.heappush(self._heap, (deadline_ns, seq, key))
-        if len(self._heap) > 2 * len(self._armed) + _SLACK:
-            self._heap = [entry for entry in self._heap if self._armed.get(entry[2]) == entry[1]]
-            heapq.heapify(self._heap)
+        self._armed[kind][owner_id] = seq
+        heappush(self._heap, (deadline_ns, seq, kind, owner_id))
+        if seq % _SLACK == 0 and len(self._heap) > 2 * len(self) + _SLACK:
+            self._heap = [entry for entry in self._heap if self._armed[entry[2]].get(entry[3]) == entry[1]]
+            heapify(self._heap)
 
     def cancel(self, kind: TimerKind, owner_id: int) -> None:
         """Disarm; harmless when nothing is armed."""
-        self._armed.pop((kind, owner_id), None)
+        self._armed[kind].pop(owner_id, None)
 
     def is_armed(self, kind: TimerKind, owner_id: int) -> bool:
         """Tell whether the owner has such a timer."""
-        return (kind, owner_id) in self._armed
+        return owner_id in self._armed[kind]
 
     def deadlines(self) -> dict[tuple[TimerKind, int], int]:
         """Return when each armed timer fires, for an audit."""
-        return {key: deadline_ns for deadline_ns, seq, key in self._heap if self._armed.get(key) == seq}
+        return {
+            (kind, owner_id): deadline_ns
+            for deadline_ns, seq, kind, owner_id in self._heap
+            if self._armed[kind].get(owner_id) == seq
+        }
 
     def next_deadline(self) -> int | None:
         """Return the earliest armed deadline, ns."""
         heap, armed = self._heap, self._armed
         while heap:
-            deadline_ns, seq, key = heap[0]
-            if armed.get(key) == seq:
+            deadline_ns, seq, kind, owner_id = heap[0]
+            if armed[kind].get(owner_id) == seq:
                 return deadline_ns
-            heapq.heappop(heap)
+            heappop(heap)
         return None
 
     def pop_due(self, now_ns: int) -> tuple[TimerKind, int] | None:
@@ -72,6 +79,6 @@ class Timers:
         deadline_ns = self.next_deadline()
         if deadline_ns is None or deadline_ns > now_ns:
             return None
-        key = heapq.heappop(self._heap)[2]
-        del self._armed[key]
-        return key
+        _, _, kind, owner_id = heappop(self._heap)
+        del self._armed[kind][owner_id]
+        return kind, owner_id
