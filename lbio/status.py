@@ -67,7 +67,7 @@ def _s_ago(then_ns: int | None, now_ns: int) -> float | None:
     return None if then_ns is None else round((now_ns - then_ns) / SECOND_NS, 1)
 
 
-_COLUMNS = (
+COLUMNS = (
     "SERVER",
     "STATE",
     "HEALTH",
@@ -84,7 +84,7 @@ _COLUMNS = (
 
 def as_table(told: dict[str, Any]) -> str:
     """Return the same for people: a line for each server."""
-    lines = align([_COLUMNS, *(_row(server) for server in told["servers"])])
+    lines = align([COLUMNS, *(_row(server) for server in told["servers"])])
     now = (
         f"now: {counted(told['requests'], 'request')} ({told['queued']} queued), "
         f"{counted(told['attempts'], 'attempt')} ({counted(told['retries'], 'retry')})"

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from lbio.status import COLUMNS
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -37,6 +39,7 @@ ONE_AFTER_ANOTHER = [
     "ollama-lb init -s http://gpu1:11434=gpu1 -s http://gpu2:11434=gpu2 > my.toml",
     "ollama-lb check my.toml",
 ]
+FLEET = "ollama-lb fleet configs/demo.toml"
 AGAINST_THE_DEMO = [command for command in COMMANDS if command.startswith("curl")]
 
 
@@ -69,7 +72,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def test_each_command_is_accounted_for() -> None:
-    known = {*BY_CI, INSTALL_AND_RUN, *STARTED, *ONE_AFTER_ANOTHER, *AGAINST_THE_DEMO}
+    known = {*BY_CI, INSTALL_AND_RUN, *STARTED, *ONE_AFTER_ANOTHER, FLEET, *AGAINST_THE_DEMO}
     assert [command for command in COMMANDS if command not in known] == []
     assert known <= set(COMMANDS)
 
@@ -101,6 +104,20 @@ def test_run_starts_with_servers_that_are_not_there(command: str, tmp_path: Path
     ]
     process, _ = _start(words[1:], tmp_path)
     _stop(process)
+
+
+def test_fleet_prints_the_addresses() -> None:
+    with subprocess.Popen(
+        [*OLLAMA_LB, *shlex.split(FLEET)[1:]], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert "http://127.0.0.1:" in process.stdout.readline()
+        _stop(process)
+
+
+def test_every_column_of_the_status_is_explained() -> None:
+    explained = re.findall(r"^\| `([A-Z /]+)` \| \S", README, re.MULTILINE)
+    assert explained[: len(COLUMNS)] == list(COLUMNS)
 
 
 @pytest.fixture(scope="module")
