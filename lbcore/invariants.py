@@ -181,6 +181,11 @@ def _catalog(balancer: LoadBalancer) -> Iterator[str]:
         holders = [server for server in fleet if server.is_alive and (model is None or server.has(model))]
         if fleet.holders(model) != holders:
             yield f"{fleet.holders(model)} are said to have {model or 'any model'}, but {holders} have it"
+        elif model is not None:
+            pool, records = fleet.pool(model), [server.models[model] for server in holders]
+            slots = sum(server.slots for server in holders if server.models[model].loaded)
+            if pool.records != records or pool.slots != slots:
+                yield f"what is kept of the holders of {model} is out of date"
 
 
 def _draining(server: Server, due: int | None) -> Iterator[str]:
@@ -300,9 +305,11 @@ class Auditor:
             and request.kind is not RequestKind.UNLOAD
             and attempt.kind is not AttemptKind.RETRY
             and server.is_alive
-            and attempt.target.in_flight > server.settings.in_flight_max
         ):
-            return f"{server.name} has {attempt.target.in_flight} of {model} in flight"
+            others = (a for a in self._balancer.ledger.attempts.values() if a.request.kind is not RequestKind.UNLOAD)
+            in_flight = sum(other.target is attempt.target for other in others)  # an unload needs no room
+            if in_flight > server.settings.in_flight_max:
+                return f"{server.name} has {in_flight} of {model} in flight"
         return ""
 
     def _fleet(self) -> list[Server]:
