@@ -59,6 +59,7 @@ class _Stream:
         "anchor_ns",
         "begun",
         "due_ns",
+        "history",
         "id",
         "marks",
         "phase",
@@ -79,14 +80,16 @@ class _Stream:
         self.work_left_ns = fixed_ns  # until the next change of phase or mark
         self.slowdown = 1.0
         self.due_ns = now_ns + fixed_ns
+        self.history: dict[float, int] = {}  # slowdown -> decoding done at it
 
     def settle(self, now_ns: int) -> None:
         """Move the anchor to a moment that is not after `due_ns`."""
         done_ns = self.work_left_ns if now_ns >= self.due_ns else int((now_ns - self.anchor_ns) / self.slowdown)
         done_ns = min(done_ns, self.work_left_ns)
         self.work_left_ns -= done_ns
-        if self.phase is _Phase.DECODING:
+        if self.phase is _Phase.DECODING and done_ns:
             self.worked_ns += done_ns
+            self.history[self.slowdown] = self.history.get(self.slowdown, 0) + done_ns
         self.anchor_ns = now_ns
 
     def pace(self, slowdown: float) -> None:
@@ -174,6 +177,14 @@ class Engine:
             at_ns = now_ns
         further = worked_ns // max(1, self.speed.token_ns)
         return 1 + further, at_ns - round((worked_ns - further * self.speed.token_ns) * stream.slowdown)
+
+    def gaps(self, stream_id: int, now_ns: int) -> list[tuple[float, int]]:
+        """Return the times between tokens so far as (number of tokens, ns between them)."""
+        stream = self._streams[stream_id]
+        if stream.phase is _Phase.DECODING:
+            stream.settle(now_ns)
+        token_ns = max(1, self.speed.token_ns)
+        return [(work_ns / token_ns, round(token_ns * slowdown)) for slowdown, work_ns in stream.history.items()]
 
     def token_due_ns(self, stream_id: int, tokens: int) -> int | None:
         """Return when a stream will have made so many tokens if no pace changes before; None: never.

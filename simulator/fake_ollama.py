@@ -197,6 +197,11 @@ class FakeOllama:
         engine = self._engine_of(job_id)
         return engine.made(job_id, now_ns) if engine is not None else (0, 0)
 
+    def gaps(self, job_id: int, now_ns: int) -> list[tuple[float, int]]:
+        """Return the times between a job's tokens so far as (number of tokens, ns between them)."""
+        engine = self._engine_of(job_id)
+        return engine.gaps(job_id, now_ns) if engine is not None else []
+
     def token_due_ns(self, job_id: int, tokens: int) -> int | None:
         """Return when the answer will have so many tokens unless a pace changes before; at least not later.
 

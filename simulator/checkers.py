@@ -1,0 +1,59 @@
+"""What must hold in every run: safety after every step of the core, liveness once the faults are healed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lbcore.balancer import LoadBalancer
+from lbcore.commands import Command
+from lbcore.errors import InvariantError
+from lbcore.events import Event
+from lbcore.invariants import Auditor
+from lbcore.schema import SECOND_NS
+from simulator.results import RunResult
+from simulator.world import World
+
+_VIOLATIONS_MAX = 20  # one defect is seen again and again; the first ones tell most
+
+
+class Safety:
+    """Audits a balancer after every step (`lbcore.invariants`); a `Watcher` of a world."""
+
+    def __init__(self, result: RunResult) -> None:
+        self._result = result
+        self._auditor: Auditor | None = None
+
+    def begin(self, balancer: LoadBalancer) -> None:
+        """Follow a balancer from its first step on."""
+        self._auditor = Auditor(balancer)
+
+    def __call__(self, event: Event | None, commands: Sequence[Command], now_ns: int) -> None:
+        """Audit one step."""
+        if self._auditor is None or len(self._result.violations) >= _VIOLATIONS_MAX:
+            return
+        try:
+            self._auditor.check(commands, now_ns)
+        except InvariantError as error:
+            self._result.violations.append(f"at {now_ns / SECOND_NS:.6f} s, after {event or 'a timeout'}: {error}")
+
+
+def is_settled(world: World) -> bool:
+    """Tell whether nothing is left to wait for: every client has its outcome and every server is healthy."""
+    return world.is_over and all(server.is_alive for server in world.balancer.fleet)
+
+
+def check_liveness(world: World, settle_ns: int) -> list[str]:
+    """Return what should have come to its end within `settle_ns` after the last fault and has not, in words."""
+    after = f"{settle_ns / SECOND_NS:g} s after the last fault"
+    unfinished = [str(call.ask.id) for call in world.open_calls]
+    problems = []
+    if unfinished:
+        more = f" and {len(unfinished) - 10} more" if len(unfinished) > 10 else ""
+        problems.append(f"{after}, still under way: requests {', '.join(unfinished[:10])}{more}")
+    problems += [
+        f"{after}, {server.name} is not healthy: {server}" for server in world.balancer.fleet if not server.is_alive
+    ]
+    ledger = world.balancer.ledger
+    if not unfinished and ledger.attempts:
+        problems.append(f"{after}, attempts live whose requests are over: {list(ledger.attempts.values())[:10]}")
+    return problems

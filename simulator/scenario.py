@@ -1,0 +1,268 @@
+"""A scenario: a fleet, what its clients do, what goes wrong, and what is expected. Read from TOML, and run.
+
+A scenario file is a configuration file as `ollama-lb run` takes it, with `[[fleet]]` for its servers, and with
+`about`, `duration`, `[workload]`, `[network]`, `[[fault]]` and `[expect]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from lbcore.balancer import LoadBalancer
+from lbcore.config import Config, ServerSettings
+from lbcore.config_order import CORE_ORDER, check_order
+from lbcore.config_routes import ROUTE_KEYS, parse_routes
+from lbcore.parsing import ABSENT, Keys, Problem, parse_table
+from lbcore.schema import SECOND_NS, Kind, count, duration, fields_of, join, keys_of, ratio, section, setting, size
+from simulator.box import Box
+from simulator.checkers import Safety, check_liveness, is_settled
+from simulator.expect import Expectation, parse_expect
+from simulator.faults import Fault, FaultKind
+from simulator.fleet import FaultTable, parse_fault, parse_fleet
+from simulator.kernel import Kernel
+from simulator.network import Link, LinkFault, LinkFaultKind, Wire
+from simulator.placements import WorldView
+from simulator.results import Band, RunResult
+from simulator.specs import FakeSpec
+from simulator.workload import Workload, make_source, parse_workload
+from simulator.world import World
+
+# ruff: noqa: RUF009  # schema functions declare fields; they do not make shared mutable values
+
+Build = Callable[[Config, Random, WorldView], LoadBalancer]
+"""Makes the balancer of a run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkTable:
+    """`[network]`: the way to every server, the same in both directions."""
+
+    latency_ns: int = duration("one way", 100_000, high=60 * SECOND_NS)
+    jitter_ns: int = duration("mean of an exponential addition to it", 0, high=60 * SECOND_NS)
+    loss: float = ratio("share of the messages that TCP must send again", 0.0, high=0.9)
+    bandwidth: int = size("bytes per s", 125_000_000, low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScenarioTable:
+    """The keys of a scenario that stand in no table, and `[network]`."""
+
+    about: str = setting(Kind.TEXT, "what it shows, in a sentence")
+    duration_ns: int = duration("how long faults are on and clients come; then all is healed", low=1)
+    settle_ns: int = duration("how soon after that everything must be well", 120 * SECOND_NS, low=1)
+    seed: int = count("of everything that is random", 1)
+    network: NetworkTable = section("the way to every server", NetworkTable)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkFaultTable:
+    """`[[fault]]` of a kind that is the network's."""
+
+    latency_ns: int = duration("latency: how much more, one way", 0)
+    loss: float = ratio("loss: share of the messages", 0.0, high=0.9)
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """All that a run is made of, but for its seed and its policy."""
+
+    name: str
+    about: str
+    config: Config
+    specs: tuple[FakeSpec, ...]
+    workload: Workload
+    duration_ns: int
+    settle_ns: int
+    seed: int = 1
+    link: Link = field(default_factory=Link)
+    link_faults: Mapping[str, tuple[LinkFault, ...]] = field(default_factory=dict)
+    expectations: tuple[Expectation, ...] = ()
+
+
+# --- running -----------------------------------------------------------------------------------------------------
+
+
+def run_scenario(
+    scenario: Scenario,
+    seed: int | None = None,
+    *,
+    build: Build | None = None,
+    policy: str = "",
+    keep_lines: bool = False,
+    audit: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> RunResult:
+    """Run a scenario: faults on for its duration, then healed until everything is well or `settle_ns` are over.
+
+    `audit` looks at every invariant after every step, which takes several times as long. `on_progress` is told the
+    virtual time now and then.
+    """
+    seed = scenario.seed if seed is None else seed
+    kernel = Kernel()
+    result = RunResult(scenario.name, seed, policy)
+    boxes = [
+        Box(spec, Wire(scenario.link, scenario.link_faults.get(spec.name, ()), _rng(seed, f"wire {spec.name}")), kernel)
+        for spec in scenario.specs
+    ]
+    safety = Safety(result) if audit else None
+    source = make_source(scenario.workload, seed)
+    world = World(boxes, source, kernel, result, keep_lines=keep_lines, watch=safety)
+    balancer = (build or _as_configured)(scenario.config, _rng(seed, "core"), world)
+    if safety is not None:
+        safety.begin(balancer)
+    world.begin(balancer)
+    for at_ns in range(0, scenario.duration_ns, max(1, scenario.duration_ns // 100)):
+        kernel.run_until(at_ns)
+        if on_progress is not None:
+            on_progress(at_ns)
+    kernel.run_until(scenario.duration_ns)
+    for box in boxes:
+        box.heal()
+    if not is_settled(world):
+        kernel.run_until(scenario.duration_ns + scenario.settle_ns, over=lambda: is_settled(world))
+    result.violations += check_liveness(world, scenario.settle_ns)
+    world.finish()
+    result.bands += _bands(scenario)
+    return result
+
+
+def _rng(seed: int, what: str) -> Random:
+    return Random(f"{seed} {what}")
+
+
+def _as_configured(config: Config, rng: Random, _world: WorldView) -> LoadBalancer:
+    return LoadBalancer(config, rng)
+
+
+def _bands(scenario: Scenario) -> list[Band]:
+    bands = []
+    for spec in scenario.specs:
+        for fault in spec.faults:
+            from_ns = 0 if fault.from_s is None else round(fault.from_s * SECOND_NS)
+            until_ns = scenario.duration_ns if fault.until_s is None else round(fault.until_s * SECOND_NS)
+            bands.append(Band(spec.name, fault.kind, from_ns, min(until_ns, scenario.duration_ns)))
+        bands += [
+            Band(spec.name, fault.kind, fault.from_ns, fault.until_ns)
+            for fault in scenario.link_faults.get(spec.name, ())
+        ]
+    return bands
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+_CORE_TABLES = tuple(f.key for f in fields_of(Config))
+_OWN_PARSERS = frozenset({"fleet", "workload", "fault", "expect", "routes"})
+_KEYS: Keys = (
+    *keys_of(ScenarioTable),
+    *keys_of(Config),
+    *ROUTE_KEYS,
+    *(("", name) for name in ("fleet", "workload", "fault", "expect")),
+)
+
+
+def parse_scenario(
+    raw: Mapping[str, Any], name: str, problems: list[Problem], *, folder: Path | None = None
+) -> Scenario | None:
+    """Return the scenario that the tables `raw` describe; append every problem found. None: it cannot be run.
+
+    `folder` is where the paths of traces start from.
+    """
+    core_raw = {key: value for key, value in raw.items() if key in _CORE_TABLES}
+    own_raw = {key: value for key, value in raw.items() if key not in {*_CORE_TABLES, *_OWN_PARSERS}}
+    table = parse_table(ScenarioTable, own_raw, "", problems, also=_KEYS)
+    core = parse_table(Config, core_raw, "", problems, also=_KEYS) or Config()
+    routes = parse_routes(raw.get("routes", {}), core.race, problems, _KEYS)
+    check_order(raw, (core,), CORE_ORDER, problems)
+    specs = _parse_specs(raw, problems)
+    names = [spec.name for spec in specs]
+    specs, link_faults = _parse_faults(raw.get("fault", []), specs, problems, table)
+    duration_ns = table.duration_ns if table is not None else None
+    if "workload" not in raw:
+        problems.append(Problem("workload", ABSENT, "no client asks for anything", "write a [workload] table"))
+    workload = (
+        parse_workload(raw["workload"], problems, folder=folder, duration_ns=duration_ns) if "workload" in raw else ()
+    )
+    expectations = parse_expect(raw.get("expect", {}), problems, servers=names, also=_KEYS)
+    if problems or table is None:
+        return None
+    servers = tuple(ServerSettings(url=f"http://{s.name}", name=s.name, slots=s.num_parallel) for s in specs)
+    net = table.network
+    return Scenario(
+        name=name,
+        about=table.about,
+        config=replace(core, servers=servers, routes=routes),
+        specs=specs,
+        workload=workload,
+        duration_ns=table.duration_ns,
+        settle_ns=table.settle_ns,
+        seed=table.seed,
+        link=Link(net.latency_ns, net.jitter_ns, net.loss, float(net.bandwidth)),
+        link_faults=link_faults,
+        expectations=expectations,
+    )
+
+
+def _parse_specs(raw: Mapping[str, Any], problems: list[Problem]) -> tuple[FakeSpec, ...]:
+    tables = raw.get("fleet", [])
+    if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
+        problems.append(Problem("fleet", tables, "is not a list of tables", "write [[fleet]] above each fake server"))
+        return ()
+    if not tables:
+        problems.append(Problem("fleet", ABSENT, "no server is named", 'write [[fleet]] and below it name = "one"'))
+    return parse_fleet(tables, problems)
+
+
+def _parse_faults(
+    raw: Any, specs: tuple[FakeSpec, ...], problems: list[Problem], table: ScenarioTable | None
+) -> tuple[tuple[FakeSpec, ...], dict[str, tuple[LinkFault, ...]]]:
+    """Return the servers with the faults that `[[fault]]` gives to several of them, and the faults of their links."""
+    tables = raw if isinstance(raw, list) else [raw]
+    more: dict[str, list[Fault]] = {spec.name: [] for spec in specs}
+    links: dict[str, list[LinkFault]] = {spec.name: [] for spec in specs}
+    end_ns = table.duration_ns if table is not None else 0
+    for index, item in enumerate(tables):
+        key = f"fault[{index}]" if isinstance(raw, list) else "fault"
+        if not isinstance(item, Mapping):
+            problems.append(Problem(key, item, "is not a table", "write [[fault]] and its keys below"))
+            continue
+        names = _parse_names(item.get("servers"), join(key, "servers"), list(more), problems)
+        rest = {name: value for name, value in item.items() if name != "servers"}
+        if rest.get("kind") in list(LinkFaultKind):
+            fault = _parse_link_fault(rest, key, problems, end_ns)
+            if fault is not None:
+                for name in names:
+                    links[name].append(fault)
+            continue
+        parsed = parse_fault(rest, key, problems)
+        for name in names:
+            more[name] += parsed
+    merged = tuple(replace(spec, faults=(*spec.faults, *more[spec.name])) for spec in specs)
+    return merged, {name: tuple(faults) for name, faults in links.items() if faults}
+
+
+def _parse_names(raw: Any, key: str, known: Sequence[str], problems: list[Problem]) -> list[str]:
+    if raw is None or raw == "all":
+        return list(known)
+    if not isinstance(raw, list) or not all(isinstance(name, str) for name in raw):
+        problems.append(Problem(key, raw, "is not a list of servers", 'write ["one", "two"], or "all"'))
+        return []
+    unknown = [name for name in raw if name not in known]
+    problems.extend(
+        Problem(key, name, "is not a server of the fleet", f"write one of {', '.join(known)}") for name in unknown
+    )
+    return [name for name in raw if name in known]
+
+
+def _parse_link_fault(raw: Mapping[str, Any], key: str, problems: list[Problem], end_ns: int) -> LinkFault | None:
+    when = {name: raw[name] for name in ("from", "until") if name in raw}
+    rest = {name: value for name, value in raw.items() if name not in {"kind", "from", "until"}}
+    span = parse_table(FaultTable, {"kind": FaultKind.HANG, **when}, key, problems)
+    table = parse_table(LinkFaultTable, rest, key, problems)
+    if span is None or table is None:
+        return None
+    until_ns = end_ns if span.until_ns is None else span.until_ns
+    return LinkFault(LinkFaultKind(raw["kind"]), span.from_ns or 0, until_ns, table.latency_ns, table.loss)
