@@ -15,7 +15,8 @@ class Ask:
     """One request that a client will make.
 
     `blocks` identify the prompt, `BLOCK_TOKENS` tokens each, from its beginning: two prompts share as many tokens as
-    their blocks are equal from the first on. Empty: it shares nothing with any other.
+    their blocks are equal from the first on. They may go on into the answer, where a later prompt begins with that too.
+    Empty: it shares nothing with any other.
     """
 
     id: int  # from 1 on, in the order of arrival; never reused

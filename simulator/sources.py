@@ -357,8 +357,8 @@ class _SessionsPart:
         settings = self._settings
         if settings.users is None:
             return enumerate(Poisson(settings.rate or 1.0).times(self._place.rng("arrivals")))
-        waits = self._place.rng("arrivals").random
-        first_ns = [(settings.think.at(waits()), user) for user in range(settings.users)]
+        u = self._place.rng("arrivals").random  # the run finds its users somewhere in their thoughts, not all at once
+        first_ns = [(round(settings.think.at(u()) * u()), user) for user in range(settings.users)]
         return ((user, at_ns) for at_ns, user in sorted(first_ns))
 
     def follow_up(self, ask: Ask, ended_ns: int, ids: Iterator[int], *, completed: bool) -> Ask | None:

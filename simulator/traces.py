@@ -300,7 +300,7 @@ FORMATS: Mapping[str, Format] = {
         Format("mooncake", '{"timestamp": 0, "input_length": 9, ...}', _is_mooncake, _mooncake, header=False),
     )
 }
-"""The readers, by name; a new format is a new line here."""
+"""The readers, by name; a new format is a new line here (and a choice in `simulator.workload_tables.TraceFormat`)."""
 
 
 # --- files -------------------------------------------------------------------------------------------------------

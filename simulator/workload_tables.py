@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from lbcore.schema import Kind, count, duration, ratio, setting
+from lbcore.schema import MS_NS, Kind, count, duration, ratio, setting
 from simulator.lengths import TOKENS_MAX, WAIT_MAX_NS
 
 # ruff: noqa: RUF009  # schema functions declare fields; they do not make shared mutable values
@@ -39,7 +39,7 @@ class GenerateRoute(StrEnum):
 
 
 class TraceFormat(StrEnum):
-    """How a trace is written; see `simulator.traces`."""
+    """How a trace is written: the names of `simulator.traces.FORMATS`."""
 
     ANY = "any"  # told from its first line
     AZURE = "azure"
@@ -96,8 +96,8 @@ class MmppTable(OpenTable):
 
     rate_low: float = ratio("requests per s in quiet times; 0 is nobody")
     rate_high: float = ratio("requests per s in busy times", low=_RATE_MIN)
-    dwell_low_ns: int = duration("how long quiet times are, on average", low=1, high=WAIT_MAX_NS)
-    dwell_high_ns: int = duration("how long busy times are, on average", low=1, high=WAIT_MAX_NS)
+    dwell_low_ns: int = duration("how long quiet times are, on average", low=MS_NS, high=WAIT_MAX_NS)
+    dwell_high_ns: int = duration("how long busy times are, on average", low=MS_NS, high=WAIT_MAX_NS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -89,6 +89,12 @@ def test_so_many_users_talk_at_a_time_and_begin_anew() -> None:
     assert all(sum(ask.arrives_ns <= at.arrives_ns < ask.arrives_ns + 3 * S for ask in found) <= 4 for at in found)
 
 
+def test_users_do_not_begin_all_at_once() -> None:
+    first = [ask.arrives_ns for ask in asks(f'{CHAT}users = 200\nthink = "10s"\nrequests = 200')]
+    assert 0 <= first[0] < first[-1] < 10 * S
+    assert statistics.fmean(first) == pytest.approx(5 * S, rel=0.15)
+
+
 def test_a_session_stays_with_its_model() -> None:
     text = f"{CHAT}users = 9\nrequests = 300\nmodels = {{ a = 1, b = 1 }}\nnum_ctx = {{ default = 1, 8192 = 1 }}"
     sessions = by_session(talk(make_source(workload(text), 1)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.traces import FORMATS, Row, TraceError, format_of, read_trace
+from simulator.traces import FORMATS, Format, Row, TraceError, format_of, read_trace
+from simulator.workload_tables import TraceFormat
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 PLAIN = "arrives_s,prompt_tokens,output_tokens\n"
@@ -83,6 +85,32 @@ def test_a_format_is_told_from_its_first_line(file: Path, text: str, name: str) 
     file.write_text(text, encoding="utf-8")
     assert format_of(file).name == name
     assert format_of(file, name) is FORMATS[name]
+
+
+def test_the_formats_are_the_choices_of_a_workload() -> None:
+    assert [str(choice) for choice in TraceFormat if choice is not TraceFormat.ANY] == sorted(FORMATS)
+
+
+def test_a_request_may_take_several_lines_and_end_after_the_next(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reader(_: str) -> Callable[[str], Row | None]:
+        begun: dict[str, int] = {}
+
+        def parse(line: str) -> Row | None:
+            what, name, number = line.split()
+            if what == "begin":
+                begun[name] = int(number)
+                return None
+            return Row(begun.pop(name), 1, int(number), session=name)
+
+        return parse
+
+    own = Format("own", "begin", lambda line: line.startswith("begin"), reader, header=False, in_order=False,
+                 left_out="")
+    monkeypatch.setitem(FORMATS, "own", own)
+    file.write_text("begin a 5\nbegin b 7\nend b 3\nend a 4\nbegin c 9\n", encoding="utf-8")
+    notes: list[str] = []
+    assert list(read_trace(file, notes=notes)) == [Row(5, 1, 4, session="a"), Row(7, 1, 3, session="b")]
+    assert notes == []
 
 
 def test_columns_are_found_by_name(file: Path) -> None:
