@@ -182,9 +182,7 @@ def _catalog(balancer: LoadBalancer) -> Iterator[str]:
         if fleet.holders(model) != holders:
             yield f"{fleet.holders(model)} are said to have {model or 'any model'}, but {holders} have it"
         elif model is not None:
-            pool, records = fleet.pool(model), [server.models[model] for server in holders]
-            slots = sum(server.slots for server in holders if server.models[model].loaded)
-            if pool.records != records or pool.slots != slots:
+            if fleet.pool(model).records != [server.models[model] for server in holders]:
                 yield f"what is kept of the holders of {model} is out of date"
 
 
@@ -223,6 +221,7 @@ class Auditor:
         self._live: dict[int, int] = {}  # request by attempt
         self._probes: dict[int, int] = {}  # probe by server
         self._seen: set[int] = set()  # requests
+        self._under_way: set[int] = set()  # requests, after the last step
         self._committed: dict[int, int] = {}  # attempt by request
         self._told: set[int] = set()  # requests whose client got its last command
         self._ended: dict[int, Decision] = {}
@@ -242,9 +241,10 @@ class Auditor:
                 raise InvariantError(f"{command}: {problem}")
         ledger = self._balancer.ledger
         self._seen |= ledger.requests.keys()
-        for request_id in self._seen - ledger.requests.keys():
+        for request_id in self._under_way - ledger.requests.keys():
             if request_id not in self._ended:
                 raise InvariantError(f"request {request_id} has vanished without an outcome")
+        self._under_way = set(ledger.requests)
         for attempt in ledger.attempts.values():
             if attempt.id > self._last_attempt_id:
                 raise InvariantError(f"{attempt} was started without a command")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -180,7 +181,44 @@ def fleet(config: str) -> int:
     return _run_fleet(specs)
 
 
+@cli.command(epilog=_examples("ollama-lb replay events.jsonl", "ollama-lb replay events.jsonl --at 17"))
+@click.argument("log", type=click.Path(path_type=Path), metavar="LOG")
+@click.option("--at", type=click.IntRange(min=1), metavar="ID",
+              help="Explain one request: who was asked, and why not the others. The log calls it #xxxx-ID.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+def replay(log: Path, *, at: int | None, as_json: bool) -> int:
+    """Replay what [record] wrote: the same decisions (exit code 0), or the first difference (1)."""
+    from lbio.replay import replay as replay_log
+
+    return replay_log(log, at=at, as_json=as_json)
+
+
 # --- configuration -----------------------------------------------------------------------------------------
+
+
+@cli.command(epilog=_examples("ollama-lb simulate configs/scenarios/one-server-hangs.toml --plot out.png",
+                              "ollama-lb simulate configs/scenarios --seeds 20",
+                              "ollama-lb simulate my.toml --policy least-in-flight --explain 17"))
+@click.argument("paths", nargs=-1, required=True, metavar="SCENARIO...", type=click.Path(path_type=Path))
+@click.option("--seed", type=click.IntRange(0), metavar="N", help="Of everything random. [default: the scenario's]")
+@click.option("--seeds", type=click.IntRange(1, 1_000_000), default=1, metavar="N",
+              help="Run so many seeds, from --seed on, on all cores.")
+@click.option("--policy", metavar="NAME", default="", help="Under another policy than the one configured.")
+@click.option("--json", "as_json", is_flag=True, help="Print every figure as one JSON object.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the run.")
+@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE.jsonl", help="Write its event log.")
+@click.option("--explain", type=int, metavar="ID", help="Tell the story of one request instead.")
+@click.option("--audit/--no-audit", default=True, help="Check every invariant after every event. [default: audit]")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes. [default: one for each core]")
+def simulate(**wanted: Any) -> int:
+    """Run scenarios in virtual time: fake servers, faults, clients, and the balancer.
+
+    SCENARIO is a TOML file or a folder of them. Exits with 1 when an expectation or an invariant does not hold.
+    """
+    from simulator.cli import Wanted
+    from simulator.cli import simulate as run_scenarios
+
+    return run_scenarios(Wanted(**wanted))
 
 
 def _load(config: str | None, flags: Mapping[str, Any], specs: list[FakeSpec], *, need_servers: bool = True,
@@ -248,10 +286,27 @@ def _leaves(group: BaseExceptionGroup[OSError]) -> Iterable[OSError]:
 async def _serve_fleet(specs: Sequence[FakeSpec]) -> None:
     from simulator.serve import serve_fleet
 
-    async with serve_fleet(specs) as servers:
-        click.echo("\n".join(_fleet_lines(servers)))
-        sys.stdout.flush()
-        await _stop_signal()
+    with _stop_signals() as signals:  # before anything is printed: whoever has read it may send one
+        async with serve_fleet(specs) as servers:
+            click.echo("\n".join(_fleet_lines(servers)))
+            sys.stdout.flush()
+            async for _ in signals:
+                return
+
+
+def _stop_signals() -> AbstractContextManager[AsyncIterator[object]]:
+    """Receive SIGINT and SIGTERM; where these cannot be received, wait until KeyboardInterrupt ends the loop."""
+    import contextlib
+
+    import anyio
+
+    async def never() -> AsyncIterator[object]:
+        await anyio.sleep_forever()
+        yield
+
+    if sys.platform == "win32":
+        return contextlib.nullcontext(never())
+    return anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM)
 
 
 def _fleet_lines(servers: Sequence[FakeServer]) -> Iterable[str]:
@@ -264,17 +319,6 @@ def _fleet_lines(servers: Sequence[FakeServer]) -> Iterable[str]:
     model = first.spec.models[0].name if first.spec.models else "llama3.2"
     body = f'{{"model":"{model}","messages":[{{"role":"user","content":"hello"}}]}}'
     yield f"try: curl {first.url}/api/chat -d '{body}'"
-
-
-async def _stop_signal() -> None:
-    """Return at SIGINT or SIGTERM; where these cannot be received, KeyboardInterrupt ends the loop instead."""
-    import anyio
-
-    if sys.platform == "win32":
-        await anyio.sleep_forever()
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            return
 
 
 # --- entry point -------------------------------------------------------------------------------------------

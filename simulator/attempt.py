@@ -33,6 +33,9 @@ class Core(Protocol):
     def note_chunk(self, attempt_id: int, n_bytes: int, n_tokens: int, at_ns: int) -> None:
         """Count a piece of an answer."""
 
+    def gate(self, at_ns: int) -> int:
+        """Return when the balancer gets to see what reaches it at a moment."""
+
 
 class AttemptRun:
     """One attempt, from the connection to its end."""
@@ -109,9 +112,9 @@ class AttemptRun:
     def _knock(self) -> None:
         wire, now_ns = self._box.wire, self._kernel.now_ns
         if self._box.is_up:
-            self._kernel.at(wire.arrival_ns(now_ns), self._connected)
+            self._kernel.at(self._core.gate(wire.arrival_ns(now_ns)), self._connected)
         elif not wire.is_silent(now_ns):
-            self._kernel.at(wire.arrival_ns(now_ns), self._refused)
+            self._kernel.at(self._core.gate(wire.arrival_ns(now_ns)), self._refused)
 
     def _refused(self) -> None:
         self._report(AttemptFailed(self.attempt_id, Reason.CONNECT_REFUSED))
@@ -177,7 +180,7 @@ class AttemptRun:
     def _to_balancer(self, now_ns: int, do: Any, *args: Any) -> None:
         if self._box.wire.is_silent(now_ns):
             return
-        self._arrives_ns = max(self._arrives_ns, self._box.wire.arrival_ns(now_ns))
+        self._arrives_ns = max(self._arrives_ns, self._core.gate(self._box.wire.arrival_ns(now_ns)))
         self._kernel.at(self._arrives_ns, do, *args)
 
     def _first_arrives(self) -> None:

@@ -358,4 +358,3 @@ _INSTEAD: dict[FaultKind, tuple[Reason, int, str]] = {
 
 def _entry(model: FakeModel) -> str:
     return json.dumps({"name": model.name, "model": model.name, "digest": digest(model)}, separators=(",", ":"))
-

@@ -80,6 +80,7 @@ class Scenario:
     seed: int = 1
     link: Link = field(default_factory=Link)
     link_faults: Mapping[str, tuple[LinkFault, ...]] = field(default_factory=dict)
+    pauses: tuple[tuple[int, int], ...] = ()  # of the balancer: its machine is suspended
     expectations: tuple[Expectation, ...] = ()
 
 
@@ -110,7 +111,7 @@ def run_scenario(
     ]
     safety = Safety(result) if audit else None
     source = make_source(scenario.workload, seed)
-    world = World(boxes, source, kernel, result, keep_lines=keep_lines, watch=safety)
+    world = World(boxes, source, kernel, result, pauses=scenario.pauses, keep_lines=keep_lines, watch=safety)
     balancer = (build or _as_configured)(scenario.config, _rng(seed, "core"), world)
     if safety is not None:
         safety.begin(balancer)
@@ -139,7 +140,7 @@ def _as_configured(config: Config, rng: Random, _world: WorldView) -> LoadBalanc
 
 
 def _bands(scenario: Scenario) -> list[Band]:
-    bands = []
+    bands = [Band("", PAUSE, from_ns, until_ns) for from_ns, until_ns in scenario.pauses]
     for spec in scenario.specs:
         for fault in spec.faults:
             from_ns = 0 if fault.from_s is None else round(fault.from_s * SECOND_NS)
@@ -179,8 +180,9 @@ def parse_scenario(
     check_order(raw, (core,), CORE_ORDER, problems)
     specs = _parse_specs(raw, problems)
     names = [spec.name for spec in specs]
-    specs, link_faults = _parse_faults(raw.get("fault", []), specs, problems, table)
     duration_ns = table.duration_ns if table is not None else None
+    faults = _Faults(names, duration_ns or 0, problems)
+    faults.read(raw.get("fault", []))
     if "workload" not in raw:
         problems.append(Problem("workload", ABSENT, "no client asks for anything", "write a [workload] table"))
     workload = (
@@ -195,13 +197,14 @@ def parse_scenario(
         name=name,
         about=table.about,
         config=replace(core, servers=servers, routes=routes),
-        specs=specs,
+        specs=tuple(replace(spec, faults=(*spec.faults, *faults.servers[spec.name])) for spec in specs),
         workload=workload,
         duration_ns=table.duration_ns,
         settle_ns=table.settle_ns,
         seed=table.seed,
         link=Link(net.latency_ns, net.jitter_ns, net.loss, float(net.bandwidth)),
-        link_faults=link_faults,
+        link_faults={name: tuple(of) for name, of in faults.links.items() if of},
+        pauses=tuple(faults.pauses),
         expectations=expectations,
     )
 
@@ -216,53 +219,66 @@ def _parse_specs(raw: Mapping[str, Any], problems: list[Problem]) -> tuple[FakeS
     return parse_fleet(tables, problems)
 
 
-def _parse_faults(
-    raw: Any, specs: tuple[FakeSpec, ...], problems: list[Problem], table: ScenarioTable | None
-) -> tuple[tuple[FakeSpec, ...], dict[str, tuple[LinkFault, ...]]]:
-    """Return the servers with the faults that `[[fault]]` gives to several of them, and the faults of their links."""
-    tables = raw if isinstance(raw, list) else [raw]
-    more: dict[str, list[Fault]] = {spec.name: [] for spec in specs}
-    links: dict[str, list[LinkFault]] = {spec.name: [] for spec in specs}
-    end_ns = table.duration_ns if table is not None else 0
-    for index, item in enumerate(tables):
-        key = f"fault[{index}]" if isinstance(raw, list) else "fault"
-        if not isinstance(item, Mapping):
-            problems.append(Problem(key, item, "is not a table", "write [[fault]] and its keys below"))
-            continue
-        names = _parse_names(item.get("servers"), join(key, "servers"), list(more), problems)
-        rest = {name: value for name, value in item.items() if name != "servers"}
-        if rest.get("kind") in list(LinkFaultKind):
-            fault = _parse_link_fault(rest, key, problems, end_ns)
+PAUSE = "pause"
+"""The kind of `[[fault]]` that hits the balancer itself."""
+
+
+class _Faults:
+    """Reads `[[fault]]`: what goes wrong with several servers, with their links, or with the balancer."""
+
+    def __init__(self, names: Sequence[str], end_ns: int, problems: list[Problem]) -> None:
+        self.servers: dict[str, list[Fault]] = {name: [] for name in names}
+        self.links: dict[str, list[LinkFault]] = {name: [] for name in names}
+        self.pauses: list[tuple[int, int]] = []
+        self._end_ns = end_ns
+        self._problems = problems
+
+    def read(self, raw: Any) -> None:
+        """Take one table, or a list of them."""
+        for index, item in enumerate(raw if isinstance(raw, list) else [raw]):
+            key = f"fault[{index}]" if isinstance(raw, list) else "fault"
+            if isinstance(item, Mapping):
+                self._read_one(item, key)
+            else:
+                self._problems.append(Problem(key, item, "is not a table", "write [[fault]] and its keys below"))
+
+    def _read_one(self, raw: Mapping[str, Any], key: str) -> None:
+        rest = {name: value for name, value in raw.items() if name != "servers"}
+        if raw.get("kind") == PAUSE:
+            table = parse_table(FaultTable, {**raw, "kind": FaultKind.HANG}, key, self._problems)
+            if table is not None:
+                until_ns = self._end_ns if table.until_ns is None else table.until_ns
+                self.pauses.append((table.from_ns or 0, until_ns))
+            return
+        names = self._names(raw.get("servers"), join(key, "servers"))
+        if raw.get("kind") in list(LinkFaultKind):
+            fault = self._link_fault(rest, key)
             if fault is not None:
                 for name in names:
-                    links[name].append(fault)
-            continue
-        parsed = parse_fault(rest, key, problems)
+                    self.links[name].append(fault)
+            return
+        parsed = parse_fault(rest, key, self._problems)
         for name in names:
-            more[name] += parsed
-    merged = tuple(replace(spec, faults=(*spec.faults, *more[spec.name])) for spec in specs)
-    return merged, {name: tuple(faults) for name, faults in links.items() if faults}
+            self.servers[name] += parsed
 
+    def _names(self, raw: Any, key: str) -> list[str]:
+        known = list(self.servers)
+        if raw is None or raw == "all":
+            return known
+        if not isinstance(raw, list) or not all(isinstance(name, str) for name in raw):
+            self._problems.append(Problem(key, raw, "is not a list of servers", 'write ["one", "two"], or "all"'))
+            return []
+        fix = f"write one of {', '.join(known)}"
+        unknown = (name for name in raw if name not in known)
+        self._problems += [Problem(key, name, "is not a server of the fleet", fix) for name in unknown]
+        return [name for name in raw if name in known]
 
-def _parse_names(raw: Any, key: str, known: Sequence[str], problems: list[Problem]) -> list[str]:
-    if raw is None or raw == "all":
-        return list(known)
-    if not isinstance(raw, list) or not all(isinstance(name, str) for name in raw):
-        problems.append(Problem(key, raw, "is not a list of servers", 'write ["one", "two"], or "all"'))
-        return []
-    unknown = [name for name in raw if name not in known]
-    problems.extend(
-        Problem(key, name, "is not a server of the fleet", f"write one of {', '.join(known)}") for name in unknown
-    )
-    return [name for name in raw if name in known]
-
-
-def _parse_link_fault(raw: Mapping[str, Any], key: str, problems: list[Problem], end_ns: int) -> LinkFault | None:
-    when = {name: raw[name] for name in ("from", "until") if name in raw}
-    rest = {name: value for name, value in raw.items() if name not in {"kind", "from", "until"}}
-    span = parse_table(FaultTable, {"kind": FaultKind.HANG, **when}, key, problems)
-    table = parse_table(LinkFaultTable, rest, key, problems)
-    if span is None or table is None:
-        return None
-    until_ns = end_ns if span.until_ns is None else span.until_ns
-    return LinkFault(LinkFaultKind(raw["kind"]), span.from_ns or 0, until_ns, table.latency_ns, table.loss)
+    def _link_fault(self, raw: Mapping[str, Any], key: str) -> LinkFault | None:
+        when = {name: raw[name] for name in ("from", "until") if name in raw}
+        rest = {name: value for name, value in raw.items() if name not in {"kind", "from", "until"}}
+        span = parse_table(FaultTable, {"kind": FaultKind.HANG, **when}, key, self._problems)
+        table = parse_table(LinkFaultTable, rest, key, self._problems)
+        if span is None or table is None:
+            return None
+        until_ns = self._end_ns if span.until_ns is None else span.until_ns
+        return LinkFault(LinkFaultKind(raw["kind"]), span.from_ns or 0, until_ns, table.latency_ns, table.loss)

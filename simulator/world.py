@@ -73,6 +73,7 @@ class World:
         kernel: Kernel,
         result: RunResult,
         *,
+        pauses: Sequence[tuple[int, int]] = (),
         keep_lines: bool = False,
         watch: Watcher | None = None,
     ) -> None:
@@ -83,6 +84,7 @@ class World:
         self._kernel = kernel
         self._source = source
         self._asks = source.asks()
+        self._pauses = pauses
         self._keep_lines = keep_lines
         self._watch = watch
         self._calls: dict[int, Call] = {}
@@ -106,6 +108,16 @@ class World:
         }
 
     # --- driving ---------------------------------------------------------------------------------------------
+
+    def gate(self, at_ns: int) -> int:
+        """Return when the balancer gets to see what reaches it at a moment: after the pause that it falls into.
+
+        A pause is a machine that was suspended: its clock has jumped when it goes on, and everything is there at once.
+        """
+        for from_ns, until_ns in self._pauses:
+            if from_ns <= at_ns < until_ns:
+                return until_ns
+        return at_ns
 
     def begin(self, balancer: LoadBalancer) -> None:
         """Start the balancer, and the first client."""
@@ -145,7 +157,7 @@ class World:
         due_ns = self._balancer.next_deadline()
         if due_ns is not None and (self._timer_ns is None or due_ns < self._timer_ns):
             self._timer_ns = due_ns
-            self._kernel.at(due_ns, self._on_timer, due_ns)
+            self._kernel.at(self.gate(due_ns), self._on_timer, due_ns)
 
     def _on_timer(self, due_ns: int) -> None:
         if due_ns != self._timer_ns:
@@ -167,7 +179,7 @@ class World:
         if ask is None:
             self.all_asked = True
         else:
-            self._kernel.at(ask.arrives_ns, self._next_ask_arrives, ask)
+            self._kernel.at(self.gate(ask.arrives_ns), self._next_ask_arrives, ask)
 
     def _next_ask_arrives(self, ask: Ask) -> None:
         self._plan_next_ask()
@@ -178,7 +190,7 @@ class World:
         self.result.requests.append(call.result)
         self.n_open += 1
         if ask.leaves_after_ns is not None:
-            self._kernel.after(ask.leaves_after_ns, self._leave, call)
+            self._kernel.at(self.gate(ask.arrives_ns + ask.leaves_after_ns), self._leave, call)
         self.dispatch(
             RequestArrived(
                 ask.id,
@@ -211,7 +223,7 @@ class World:
         further = self._source.follow_up(call.ask, now_ns, completed=outcome is Outcome.COMPLETED)
         if further is not None:
             self.n_open += 1  # it is as good as there: the run is not over
-            self._kernel.at(further.arrives_ns, self._follow_up_arrives, further)
+            self._kernel.at(self.gate(further.arrives_ns), self._follow_up_arrives, further)
 
     def _follow_up_arrives(self, ask: Ask) -> None:
         self.n_open -= 1
@@ -298,7 +310,8 @@ class World:
     def _probe_knocks(self, box: Box, probe_id: int) -> None:
         at_ns = self._kernel.now_ns
         if not box.is_up:
-            self._kernel.at(box.wire.arrival_ns(at_ns), self._probe_ends, probe_id, Reason.CONNECT_REFUSED, None)
+            back_ns = self.gate(box.wire.arrival_ns(at_ns))
+            self._kernel.at(back_ns, self._probe_ends, probe_id, Reason.CONNECT_REFUSED, None)
             return
         for _ in range(_PROBE_MESSAGES):
             at_ns = box.wire.arrival_ns(at_ns)
@@ -309,7 +322,8 @@ class World:
             return  # until the core gives it up
         reason = box.probe_failure()
         models = box.models() if reason is None else None
-        self._kernel.at(box.wire.arrival_ns(self._kernel.now_ns), self._probe_ends, probe_id, reason, models)
+        back_ns = self.gate(box.wire.arrival_ns(self._kernel.now_ns))
+        self._kernel.at(back_ns, self._probe_ends, probe_id, reason, models)
 
     def _probe_ends(self, probe_id: int, reason: Reason | None, models: Models | None) -> None:
         server_id = self._probes.pop(probe_id, None)
