@@ -87,9 +87,7 @@ def _parse_figures(
     return found
 
 
-def _parse_bounds(
-    value: Any, key: str, figure: Figure, problems: list[Problem]
-) -> tuple[float | None, float | None]:
+def _parse_bounds(value: Any, key: str, figure: Figure, problems: list[Problem]) -> tuple[float | None, float | None]:
     """Return the lowest and highest value that will do."""
     if not isinstance(value, Mapping):
         number = _parse_number(value, key, figure, problems)

@@ -140,9 +140,7 @@ def _faults(result: RunResult, request: RequestResult, servers: list[str]) -> It
             yield _Line(at_ns, _Order.FAULT, "fault", f"{band.server or 'everywhere'}: {band.kind}, {stretch}")
 
 
-def _consequences(
-    result: RunResult, request: RequestResult, servers: list[str], moments: set[int]
-) -> Iterator[_Line]:
+def _consequences(result: RunResult, request: RequestResult, servers: list[str], moments: set[int]) -> Iterator[_Line]:
     """Yield the lines about its servers: those at its own moments, and some that had other causes meanwhile."""
     if not servers:
         return

@@ -169,12 +169,12 @@ def quantiles(values_ns: Iterable[int]) -> Quantiles:
 
 
 def gap_bin(gap_ns: int) -> int:
-    """Return the bin of `Gaps` that an inter-token time belongs to: from `GAP_STEP` ** bin up to the next."""
-    return math.floor(math.log(gap_ns, GAP_STEP)) if gap_ns > 1 else 0
+    """Return the bin of `Gaps` that an inter-token time belongs to; `GAP_STEP` ** bin is its (geometric) middle."""
+    return round(math.log(max(1, gap_ns)) / math.log(GAP_STEP))
 
 
 def gap_quantiles(gaps: Gaps) -> Quantiles:
-    """Return the quantiles of a histogram: the (geometric) middle of the bin that holds the nearest rank."""
+    """Return the quantiles of a histogram: the middle of the bin that holds the nearest rank."""
     n = sum(gaps.bins.values())
     if not n:
         return Quantiles()
@@ -188,7 +188,7 @@ def _value_at(ordered: Sequence[tuple[int, int]], rank: int) -> int:
     for exponent, n in ordered:
         before += n
         if before > rank:
-            return round(math.pow(GAP_STEP, exponent + 0.5))
+            return round(math.pow(GAP_STEP, exponent))
     raise IndexError(rank)
 
 
@@ -197,7 +197,7 @@ def _value_at(ordered: Sequence[tuple[int, int]], rank: int) -> int:
 
 def _health_by_server(points: Sequence[HealthPoint], end_ns: int) -> dict[str, HealthSummary]:
     by_server: dict[str, list[tuple[int, float]]] = {}
-    for point in points:
+    for point in sorted(points, key=lambda point: point.at_ns):
         by_server.setdefault(point.server, []).append((point.at_ns, point.value))
     return {server: health_summary(steps, end_ns) for server, steps in by_server.items()}
 

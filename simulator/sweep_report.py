@@ -80,7 +80,6 @@ def sweep_csv(rows: Sequence[SweepRow], names: Iterable[str] | None = None) -> s
     return out.getvalue()
 
 
-
 def sweep_json(rows: Sequence[SweepRow]) -> str:
     """Return a sweep as one JSON object on one line."""
     cells = [

@@ -101,6 +101,7 @@ def big(n: int = 20_000, *, servers: int = 8, seed: int = 1, length_s: int = 360
             _attempt(rng, run, request, name, racer=place > 0)
         for attempt in run.attempts[-request.n_attempts :]:
             _count(run, attempt, health)
+    run.health.sort(key=lambda point: point.at_ns)
     return run
 
 

@@ -47,7 +47,8 @@ def verdict(*, missed: Sequence[str] = (), path: str = "") -> Verdict:
 
 @pytest.mark.parametrize(("time_ns", "text"), [
     (None, "-"), (math.nan, "-"), (0, "0.00 ms"), (4_321_000, "4.32 ms"), (9_996_000, "10.0 ms"),
-    (53_210_000, "53.2 ms"), (99_960_000, "100 ms"), (9_999_400_000, "9,999 ms"), (9_999_600_000, "10.0 s"), (3600 * SECOND_NS, "3,600 s"),
+    (53_210_000, "53.2 ms"), (99_960_000, "100 ms"), (9_999_400_000, "9,999 ms"), (9_999_600_000, "10.0 s"),
+    (3600 * SECOND_NS, "3,600 s"),
 ])
 def test_times_have_three_digits_or_so(time_ns: float | None, text: str) -> None:
     assert time_text(time_ns) == text
@@ -81,7 +82,7 @@ def test_a_run_is_told_whole() -> None:
     rows = [line.split() for line in lines]
     for row in (
         "arrived 4", "completed 2 50.0 %", "rejected 1 25.0 %", "1 the queue is full", "left 1 25.0 %",
-        "first token (TTFT) 51.0 ms 151 ms 151 ms 151 ms 2", "between tokens (ITL) 10.1 ms 10.1 ms 19.9 ms 20.0 ms 18",
+        "first token (TTFT) 51.0 ms 151 ms 151 ms 151 ms 2", "between tokens (ITL) 9.83 ms 9.83 ms 20.0 ms 20.0 ms 18",
         "whole answer (E2E) 151 ms 251 ms 251 ms 251 ms 2", "a 3 20 0.0 % 17.5 % 1 3.0 1.0",
         "b 2 1 100.0 % 1.2 % 0 0.5 0.5", "wasted: 4.8 % of the tokens (1 of 21)",
         "wasted: 25.2 % of the server-seconds (0.1 of 0.4)", "5 attempts, 1.25 a request",
