@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lbcore import events, selection
+from lbcore.admission import RACE_BURST
 from lbcore.balancer import LoadBalancer
 from lbcore.commands import AttemptKind
 from lbcore.comparison import event_text, outcome_texts
@@ -145,7 +146,8 @@ class _Watcher:
         if request is None or not (started or arrives):
             return
         self._chooses = True
-        self._credits = balancer.placement.race_budget.credits + (balancer.config.race.budget if arrives else 0.0)
+        earned = balancer.config.race.budget if arrives else 0.0
+        self._credits = min(balancer.placement.race_budget.credits + earned, max(RACE_BURST, earned))
         self._candidates = tuple(_candidates(balancer, request, started, self._credits, now_ns))
         self._notes = tuple(_notes(balancer, request, started))
 

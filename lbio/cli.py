@@ -187,7 +187,11 @@ def fleet(config: str) -> int:
               help="Explain one request: who was asked, and why not the others. The log calls it #xxxx-ID.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def replay(log: Path, *, at: int | None, as_json: bool) -> int:
-    """Replay what [record] wrote: the same decisions (exit code 0), or the first difference (1)."""
+    """Replay a log of [record], and see that the same is decided.
+
+    LOG is the file that [record] names, or one of those before it. Exits with 1 at the first difference, and shows it;
+    with 2 if the log cannot be read.
+    """
     from lbio.replay import replay as replay_log
 
     return replay_log(log, at=at, as_json=as_json)

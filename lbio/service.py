@@ -25,6 +25,7 @@ from lbio import logs
 from lbio.addresses import Address, parse_listen
 from lbio.downstream import Front, drained
 from lbio.driver import Driver
+from lbio.record import RecordError, Recording
 from lbio.settings import AppConfig
 from lbio.status import align
 from lbio.streams import SocketListener
@@ -39,7 +40,7 @@ FleetFactory = Callable[[], AbstractAsyncContextManager[Sequence[ServerSettings]
 
 
 def run(app: AppConfig, *, fleet: FleetFactory | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit code (0: ended as asked, 1: could not start)."""
+    """Serve until SIGTERM or SIGINT; return the exit code (0: ended as asked, 1: could not start, 2: cannot record)."""
     logs.set_up(app.log)
     try:
         return anyio.run(_main, app, fleet, backend_options={"use_uvloop": _has_uvloop()})
@@ -62,6 +63,9 @@ async def _main(app: AppConfig, fleet: FleetFactory | None) -> int:
         except OSError as error:
             _log.error("cannot start: %s", error.strerror or error)
             return 1
+        except RecordError as error:
+            _log.error("%s", error)
+            return 2
         with contextlib.suppress(OSError):  # nobody may be reading standard output
             _greet(service, demo=fleet is not None)
         await _until_told(service, signals)
@@ -87,14 +91,18 @@ class Service:
 
 @contextlib.asynccontextmanager
 async def start(app: AppConfig, *, clock: Callable[[], int] = time.monotonic_ns) -> AsyncIterator[Service]:
-    """Start a load balancer, and drain it at the end. Raises OSError when it cannot listen or a ca_file is unusable."""
+    """Start a load balancer, and drain it at the end.
+
+    Raises OSError when it cannot listen or a ca_file is unusable, RecordError when nothing can be recorded.
+    """
     address = parse_listen(app.listen)
     listener = await SocketListener.listen(address.host, address.port)
+    recording = Recording(app.record)
     try:
         seed = app.seed if app.seed is not None else random.SystemRandom().getrandbits(63)
         _log.debug("seed = %d", seed)
+        balancer = recording.begin(LoadBalancer(app.core, random.Random(seed)), seed)  # noqa: S311
         async with anyio.create_task_group() as tasks:
-            balancer = LoadBalancer(app.core, random.Random(seed))  # noqa: S311
             driver = Driver(balancer, app, tasks, logs.Log(app.log), clock)
             for settings in app.core.servers:
                 driver.new_endpoint(settings)  # an unusable ca_file is found now
@@ -111,6 +119,7 @@ async def start(app: AppConfig, *, clock: Callable[[], int] = time.monotonic_ns)
                 tasks.cancel_scope.cancel()
     finally:
         listener.close()
+        recording.close()
 
 
 async def _drain(front: Front, timeout_ns: int) -> None:

@@ -141,6 +141,22 @@ class LogSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecordSettings:
+    """The event log, for `ollama-lb replay` (`[record]`)."""
+
+    path: str = setting(
+        Kind.TEXT,
+        "file to which every event and decision is written, so that an incident can be replayed: sizes, times, ids and "
+        "model names, never a prompt or an answer. Empty: nothing is recorded",
+        "")
+    bytes_max: int = size(
+        "when the file is larger it becomes path.1, path.1 becomes path.2, and a new one is begun, which can be "
+        "replayed by itself; some 2 KB a request",
+        64 * MIB, low=1 * MIB, high=64 * GIB)
+    files: int = count("files kept, the one that is written included", 4, low=1, high=1000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AppConfig:
     """Everything `ollama-lb run` needs to know; validated when it was parsed and not checked again.
 
@@ -169,6 +185,7 @@ class AppConfig:
     proxy: ProxySettings = section("what servers are told about clients", ProxySettings)
     admin: AdminSettings = section("the management endpoints", AdminSettings)
     log: LogSettings = section("the log, on standard error", LogSettings)
+    record: RecordSettings = section("the event log, for `ollama-lb replay`", RecordSettings)
     core: Config = field(default_factory=Config)
     fleet: tuple[Mapping[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()

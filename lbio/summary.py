@@ -10,13 +10,16 @@ from typing import Any
 from lbcore.config import RouteSettings, ServerSettings, Strategy, Winner
 from lbcore.parsing import ABSENT, Problem
 from lbcore.schema import format_value, walk
-from lbcore.units import counted, format_duration
+from lbcore.units import counted, format_duration, format_size
 from lbio.settings import AppConfig
 
 
 def summary_lines(app: AppConfig) -> Iterator[str]:
     """Yield what would run: the address, the servers, each route, the warnings."""
     yield f"listen on {app.listen}"
+    if app.record.path:
+        size = format_size(app.record.bytes_max)
+        yield f"record to {app.record.path}, {counted(app.record.files, 'file')} of at most {size}"
     yield ""
     yield "servers"
     yield from _columns([*map(_server_row, app.core.servers), *map(_fake_row, app.fleet)])
@@ -77,6 +80,7 @@ def summary_object(app: AppConfig) -> dict[str, Any]:
         "problems": [],
         "warnings": list(app.warnings),
         "listen": app.listen,
+        "record": app.record.path,
         "servers": [_server_object(server) for server in app.core.servers],
         "fleet": [str(table.get("name")) for table in app.fleet],
         "routes": {name: dataclasses.asdict(route) for name, route in app.core.routes.items()},
