@@ -306,7 +306,7 @@ def _stop_signals() -> AbstractContextManager[AsyncIterator[object]]:
 
     async def never() -> AsyncIterator[object]:
         await anyio.sleep_forever()
-        yield
+        yield None
 
     if sys.platform == "win32":
         return contextlib.nullcontext(never())
