@@ -5,7 +5,7 @@ one that was earned or lost; success +2, the fastest +4, a failure halves, below
 sample of servers weighted by health: six that have the model loaded, or, when these are fewer than three, three that
 have it at all; with a small probability one of them is a dead server. The client waits until the *slowest* racer has
 given its first token, or has failed, and two seconds more; then the racer with the most tokens wins and the others are
-cancelled, loading or not. There is one timeout, 30 s, no queue, no retry beyond the other racers, and no hedge.
+cancelled. There is one timeout, 30 s, which cuts long loads too; no queue, no retry beyond the other racers, no hedge.
 
 Assumed, since nothing tells: syncs come every `probe.interval` and for no other reason; a window is also waited for
 when one racer is left; a failure is whatever is no good answer, save an error of 4xx; tokens that came before the

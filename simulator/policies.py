@@ -129,7 +129,7 @@ def _oracle(config: Config) -> Config:
 
 
 def _original(config: Config) -> Config:
-    """configs/seed.toml; one limit of 30 s for a first token, loading or not, and for silence; nothing else bounded."""
+    """configs/seed.toml; one limit of 30 s for a connection, a first token (loading or not) and silence."""
     race = RaceSettings(
         winner=Winner.MOST_TOKENS, racers_min=3, racers_max=6, utilisation_max=1.0, budget=5.0, hedges_max=0
     )
@@ -147,6 +147,7 @@ def _original(config: Config) -> Config:
         ),
         timeouts=replace(
             config.timeouts,
+            connect_ns=timeout_ns,
             first_token_warm_ns=timeout_ns,
             first_token_cold_ns=timeout_ns,
             silence_ns=timeout_ns,

@@ -20,7 +20,7 @@ from lbcore.events import Reason
 from lbcore.invariants import Auditor
 from lbcore.ollama import RequestKind, default_routes
 from lbcore.schema import MS_NS, SECOND_NS
-from simulator.policies import policy
+from simulator.policies import POLICIES, policy
 
 MODELS = ("m:latest", "n:7b")
 SPEEDS_MS = (40, 60, 80, 120, 400)
@@ -153,8 +153,6 @@ class SmallWorld:
         self._later(at_ns, events.ModelsSynced(start.server_id, start.probe_id, on_disk, active))
 
 
-def digests(n_requests: int = 150) -> str:
+def digests(n_requests: int = 30) -> str:
     """Return a hash of all commands of a run under every policy."""
-    from simulator.policies import POLICIES  # noqa: PLC0415  # for a process of its own
-
     return " ".join(SmallWorld(name, seed=7).run(n_requests).digest[:16] for name in POLICIES)
