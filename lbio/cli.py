@@ -215,8 +215,9 @@ def replay(log: Path, *, at: int | None, as_json: bool) -> int:
 @click.option("--audit/--no-audit", default=True, help="Check every invariant after every event. [default: audit]")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes. [default: one for each core]")
 def simulate(**wanted: Any) -> int:
-    """Run scenarios in virtual time: fake servers, faults, clients, and the balancer.
+    """Run scenarios in virtual time, and judge what came of them.
 
+    Fake servers, their faults, the clients and the balancer all run in one process, much faster than real time.
     SCENARIO is a TOML file or a folder of them. Exits with 1 when an expectation or an invariant does not hold.
     """
     from simulator.cli import Wanted
