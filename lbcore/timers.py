@@ -74,6 +74,15 @@ class Timers:
             heappop(heap)
         return None
 
+    def due(self, now_ns: int) -> list[tuple[TimerKind, int]]:
+        """Return what `pop_due` will give, in no order, for a driver that tells of tokens only when they matter."""
+        armed = self._armed
+        return [
+            (kind, owner_id)
+            for deadline_ns, seq, kind, owner_id in self._heap
+            if deadline_ns <= now_ns and armed[kind].get(owner_id) == seq
+        ]
+
     def pop_due(self, now_ns: int) -> tuple[TimerKind, int] | None:
         """Disarm and return the earliest timer that is due, or None."""
         deadline_ns = self.next_deadline()

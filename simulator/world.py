@@ -40,6 +40,7 @@ from lbcore.events import (
     StreamEnded,
 )
 from lbcore.ollama import RequestKind, runner_key
+from lbcore.timers import TimerKind
 from simulator.asks import Ask, Source
 from simulator.attempt import AttemptRun
 from simulator.box import Box
@@ -137,6 +138,14 @@ class World:
         if call is not None and isinstance(event, StreamEnded | AttemptFailed):
             self._on_attempt_over(call, event)
 
+    def _sync_due(self, now_ns: int) -> None:
+        """Tell the core of the tokens that the timers now due may look at."""
+        for kind, owner_id in self._balancer.timers.due(now_ns):
+            call = self._calls.get(owner_id) if kind is TimerKind.MEASURE else None
+            call = self._call_of.get(owner_id) if kind is TimerKind.ATTEMPT else call
+            if call is not None:
+                self._sync(call.runs.values())
+
     def _sync(self, runs: Iterable[AttemptRun]) -> None:
         """Tell the core of the tokens that have come since it was last told."""
         for run in runs:
@@ -166,7 +175,7 @@ class World:
         now_ns = self._kernel.now_ns
         deadline_ns = self._balancer.next_deadline()
         if deadline_ns is not None and deadline_ns <= now_ns:
-            self._sync(self._runs.values())
+            self._sync_due(now_ns)
             self.result.n_events += 1
             self._carry_out(None, self._balancer.handle_timeout(now_ns), now_ns)
         else:
