@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # ruff: noqa: PLC0415  # matplotlib is optional, and takes half a second to import
 
 _LANES_MAX = 16  # of one server; more attempts at a time share the last
+_WAIT_MIN_NS = MS_NS  # less is the way to the server
 _FAULTS_MAX = 16
 _LINES_MAX = 12  # servers with a line of their own colour
 _BAND_COLOURS = (YELLOW, SKY, GREEN, PURPLE)  # of faults; none of them is the colour of an attempt
@@ -152,10 +153,10 @@ def _draw_ttft(axes: Axes, result: RunResult, clock: _Clock) -> None:
                   for request in of if request.ttft_ns is not None]  # fmt: skip
         values += [value for _, value in points]
         plain = outcome is Outcome.COMPLETED
-        size = (4.0 if many else 12.0) if plain else 16.0
+        size = (4.0 if many else 12.0) if plain else 24.0
         shown: dict[str, Any] = {"c": colour, "marker": marker, "s": size, "linewidths": 0 if plain else 1.0}
         shown |= {"label": f"{outcome} ({len(of):,})", "rasterized": many, "zorder": 2 if plain else 3}
-        axes.scatter([x for x, _ in points], [y for _, y in points], alpha=0.45 if many and plain else 0.9, **shown)
+        axes.scatter([x for x, _ in points], [y for _, y in points], alpha=0.45 if many and plain else 1.0, **shown)
         without.append((outcome, [clock.at(r.ask.arrives_ns) for r in of if r.ttft_ns is None]))
     if not result.requests:
         say_empty(axes, "no requests")
@@ -226,8 +227,9 @@ def _boxes(server: ServerResult, attempts: Sequence[AttemptResult], row: int, cl
         top = row - 0.42 + 0.84 * min(lane, n - 1) / n
         bottom = top + 0.84 / n * 0.9
         begin, end = clock.at(attempt.started_ns), clock.at(attempt.ended_ns)
-        slot = begin if attempt.slot_ns is None else clock.at(attempt.slot_ns)
-        if slot > begin:
+        waited = attempt.slot_ns is not None and attempt.slot_ns - attempt.started_ns >= _WAIT_MIN_NS
+        slot = clock.at(attempt.slot_ns) if waited and attempt.slot_ns is not None else begin
+        if waited:
             boxes[_WAITED].append((begin, slot, bottom, top))
         boxes[_fate(attempt)].append((slot, end, bottom, top))
     return boxes

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
+from lbcore.health import ALIVE_FROM
 from lbcore.schema import MS_NS, SECOND_NS
 from simulator.results import AttemptResult, Outcome, RequestResult, RunResult
 
@@ -50,9 +51,8 @@ def explain(result: RunResult, request_id: int) -> list[str]:
     decisions = list(_decisions(result, request))
     if not decisions and request.committed_ns is not None:
         decisions = [_Line(request.committed_ns, _Order.DECISION, "balancer", f"{request.server} is committed")]
-    servers = list(dict.fromkeys(attempt.server for attempt in attempts))
     moments = {line.at_ns for line in (*own, *decisions)}
-    lines = [*own, *decisions, *_faults(result, request, servers), *_consequences(result, request, servers, moments)]
+    lines = [*own, *decisions, *_faults(result, attempts), *_consequences(result, attempts, moments)]
     lines.sort(key=lambda line: (line.at_ns, line.order, line.place))
     width = max(len(line.who) for line in lines)
     return [_head(result, request), *(_told(line, request.ask.arrives_ns, width) for line in lines)]
@@ -131,29 +131,56 @@ def _decisions(result: RunResult, request: RequestResult) -> Iterator[_Line]:
             yield _Line(at_ns, _Order.DECISION, "balancer", text.removeprefix(tag), place)
 
 
-def _faults(result: RunResult, request: RequestResult, servers: list[str]) -> Iterator[_Line]:
+def _faults(result: RunResult, attempts: list[AttemptResult]) -> Iterator[_Line]:
+    """Yield the faults of its servers that were on while they worked for it, and those of everything."""
     for band in result.bands:
-        concerned = not band.server or band.server in servers
-        if concerned and band.from_ns <= request.ended_ns and band.until_ns >= request.ask.arrives_ns:
-            at_ns = max(band.from_ns, request.ask.arrives_ns)
+        hit = [
+            attempt.started_ns
+            for attempt in attempts
+            if band.server in {"", attempt.server}
+            and band.from_ns <= attempt.ended_ns
+            and band.until_ns >= attempt.started_ns
+        ]
+        if hit:
             stretch = f"from {band.from_ns / SECOND_NS:,.3f} s to {band.until_ns / SECOND_NS:,.3f} s of the run"
-            yield _Line(at_ns, _Order.FAULT, "fault", f"{band.server or 'everywhere'}: {band.kind}, {stretch}")
+            text = f"{band.server or 'everywhere'}: {band.kind}, {stretch}"
+            yield _Line(max(band.from_ns, min(hit)), _Order.FAULT, "fault", text)
 
 
-def _consequences(result: RunResult, request: RequestResult, servers: list[str], moments: set[int]) -> Iterator[_Line]:
-    """Yield the lines about its servers: those at its own moments, and some that had other causes meanwhile."""
-    if not servers:
+_HEALTH = re.compile(r" health ([0-9.]+) -> ([0-9.]+)")
+
+
+def _consequences(result: RunResult, attempts: list[AttemptResult], moments: set[int]) -> Iterator[_Line]:
+    """Yield the lines about its servers while they worked for it.
+
+    Those at its own moments are taken for consequences; of those between, which have other causes, some are told, but
+    not that a server served others well.
+    """
+    windows: dict[str, tuple[int, int]] = {}
+    for attempt in attempts:
+        begin_ns, end_ns = windows.get(attempt.server, (attempt.started_ns, attempt.ended_ns))
+        windows[attempt.server] = min(begin_ns, attempt.started_ns), max(end_ns, attempt.ended_ns)
+    if not windows:
         return
-    names = "|".join(re.escape(server) for server in sorted(servers, key=len, reverse=True))
+    names = "|".join(re.escape(server) for server in sorted(windows, key=len, reverse=True))
     named = re.compile(rf"(?<![\w.:-])(?:{names})(?![\w-])")
-    others = 0
+    others, last_ns = 0, max(end_ns for _, end_ns in windows.values())
     for place, (at_ns, request_id, text) in enumerate(result.lines):
-        if request_id or not request.ask.arrives_ns <= at_ns <= request.ended_ns or not named.search(text):
+        found = None if request_id else named.search(text)
+        if found is None or not windows[found[0]][0] <= at_ns <= windows[found[0]][1]:
             continue
-        meanwhile = at_ns not in moments
-        others += meanwhile
-        if not meanwhile or others <= _MEANWHILE_MAX:
-            yield _Line(at_ns, _Order.DECISION, "meanwhile" if meanwhile else "balancer", text, place)
+        if at_ns in moments:
+            yield _Line(at_ns, _Order.DECISION, "balancer", text, place)
+        elif not _is_praise(text):
+            others += 1
+            if others <= _MEANWHILE_MAX:
+                yield _Line(at_ns, _Order.DECISION, "meanwhile", text, place)
     if others > _MEANWHILE_MAX:
         more = f"{others - _MEANWHILE_MAX:,} more lines about its servers"
-        yield _Line(request.ended_ns, _Order.DECISION, "meanwhile", more, len(result.lines))
+        yield _Line(last_ns, _Order.DECISION, "meanwhile", more, len(result.lines))
+
+
+def _is_praise(text: str) -> bool:
+    """Return whether a line says only that a server does well."""
+    found = _HEALTH.search(text)
+    return found is not None and float(found[2]) >= float(found[1]) >= ALIVE_FROM

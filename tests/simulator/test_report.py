@@ -299,13 +299,13 @@ def test_a_story_is_told_from_the_arrival_on() -> None:
         "+0.000 ms fault b: refuse, from 0.200 s to 1.000 s of the run",
         "+0.000 ms balancer /api/chat llama3.2 -> b (fastest expected)",
         "+0.000 ms b attempt 3 (primary) begins",
+        "+40.000 ms meanwhile b is being looked at",
         "+50.000 ms b attempt 3 (primary) failed: connection refused; it cost nothing",
         "+50.000 ms balancer b: connection refused (after 50 ms)",
         "+50.000 ms balancer b health 1.00 -> 0.50: connection refused",
         "+50.000 ms balancer retried on a: connection refused",
         "+50.000 ms a attempt 4 (retry) begins",
         "+100.000 ms a attempt 4 (retry) has a slot after waiting 50.0 ms",
-        "+110.000 ms meanwhile b is being looked at",
         "+150.000 ms a attempt 4 (retry) makes its first token",
         "+150.000 ms balancer a won after 150 ms (first-token)",
         "+151.000 ms client sees the first token, from a",
@@ -356,12 +356,24 @@ def test_faults_of_others_are_not_its_story() -> None:
     ]
 
 
+def test_that_a_server_serves_others_is_not_told() -> None:
+    run = small()
+    run.lines = [
+        (210 * MS_NS, 0, "b health 1.00 -> 3.00: served a request"),
+        (211 * MS_NS, 0, "b health 3.00 -> 1.50: it broke"),
+        (212 * MS_NS, 0, "b health 0.50 -> 1.00: synced again"), (213 * MS_NS, 0, "b is back: synced again"),
+    ]  # fmt: skip
+    assert [line.partition(" meanwhile ")[2] for line in told(run, 2) if " meanwhile " in line] == [
+        "b health 3.00 -> 1.50: it broke", "b health 0.50 -> 1.00: synced again", "b is back: synced again",
+    ]  # fmt: skip
+
+
 def test_much_that_happens_meanwhile_is_cut_short() -> None:
     run = small()
     run.lines = [(210 * MS_NS + number, 0, f"b probe {number}") for number in range(100)]
     story = told(run, 2)
     assert sum(" meanwhile " in line for line in story) == 21
-    assert "+251.000 ms meanwhile 80 more lines about its servers" in story
+    assert "+250.000 ms meanwhile 80 more lines about its servers" in story
 
 
 def test_an_unknown_request_is_no_story() -> None:
