@@ -9,7 +9,7 @@ import anyio
 from anyio.abc import ByteStream, SocketAttribute
 
 from lbcore.schema import SECOND_NS
-from lbio.http1 import HttpError, IncompleteBody, Reader, RequestHead
+from lbio.http1 import Framing, HttpError, IncompleteBody, Reader, RequestHead
 from lbio.settings import ClientSettings, LimitSettings
 from lbio.sockets import SocketStream
 from lbio.streams import close_now
@@ -48,15 +48,24 @@ class ClientStream:
 
         Raises HttpError: 408 for a head that takes too long, and as `Reader.read_head`.
         """
-        if not self.reader.buffered:
+        if not self.reader.buffered and not self._take_what_is_there():
             with anyio.move_on_after(self._settings.idle_timeout_ns / SECOND_NS):
                 self.reader.buffered += await self.reader.more()
             if not self.reader.buffered:
                 return None
         limit = self._limits.head_bytes_max
+        if b"\r\n\r\n" in self.reader.buffered:
+            return await self.reader.read_head(limit, role="request")
         return await self._in_time(
             lambda: self.reader.read_head(limit, role="request"), self._settings.head_timeout_ns, "the request head"
         )
+
+    def _take_what_is_there(self) -> bool:
+        """Receive without waiting, and so without the price of a timeout: mostly, the request has come by now."""
+        if not isinstance(self._stream, SocketStream):
+            return False
+        self.reader.buffered += self._stream.receive_nowait() or b""
+        return bool(self.reader.buffered)
 
     async def read_body(self, head: RequestHead) -> bytes:
         """Return the whole body of a request.
@@ -69,6 +78,11 @@ class ClientStream:
             raise too_large
         if head.expect_continue and not self.reader.buffered:
             await self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        buffered = self.reader.buffered
+        if head.framing is Framing.LENGTH and len(buffered) >= head.content_length:
+            whole = bytes(memoryview(buffered)[: head.content_length])
+            del buffered[: head.content_length]
+            return whole
         body = bytearray()
         pieces = self.reader.body_chunks(head)
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import anyio
@@ -54,6 +56,7 @@ class Driver:
         self._endpoints: dict[int, Endpoint] = {}
         self._probe_ended = anyio.Event()
         self._all_answered = anyio.Event()
+        self._afterwards: deque[Callable[[], object]] = deque()  # what can wait until all commands are carried out
         self._timer_due_ns: int | None = None
         self._timer_poke = anyio.Event()
         self._execute: Mapping[type, Callable[[Any], None]] = {
@@ -85,11 +88,9 @@ class Driver:
 
     def _carry_out(self, commands: list[Command]) -> None:
         for command in commands:
-            if type(command) is not RecordDecision:
-                self._execute[type(command)](command)
-        for command in commands:  # told after it is done: that takes as long
-            if type(command) is RecordDecision:
-                self._execute[RecordDecision](command)
+            self._execute[type(command)](command)
+        while self._afterwards:
+            self._afterwards.popleft()()
         due_ns = self.balancer.next_deadline()
         if due_ns is not None and (self._timer_due_ns is None or due_ns < self._timer_due_ns):
             self._timer_due_ns = due_ns
@@ -166,7 +167,7 @@ class Driver:
         )
         self._runs[command.attempt_id] = exchange.runs[command.attempt_id] = run
         run.begin()
-        self.tasks.start_soon(self._run_attempt, run)
+        self._afterwards.append(partial(self.tasks.start_soon, self._run_attempt, run))
 
     async def _run_attempt(self, run: AttemptRun) -> None:
         try:
@@ -182,7 +183,7 @@ class Driver:
         run = self._runs.pop(command.attempt_id, None)
         if run is not None:
             if run.cancel() and command.reason is Reason.LOST_RACE:
-                self.tasks.start_soon(run.endpoint.dial_spare, self.balancer.config.timeouts.connect_ns)
+                self._afterwards.append(partial(self.tasks.start_soon, self._dial_spare, run.endpoint))
             if not run.chosen:
                 run.exchange.runs.pop(command.attempt_id, None)
 
@@ -204,7 +205,7 @@ class Driver:
 
     def _record_decision(self, decision: RecordDecision) -> None:
         self.totals.decisions[decision.decision] += 1
-        self.log.decision(decision)
+        self._afterwards.append(partial(self.log.decision, decision))
 
     # --- servers -------------------------------------------------------------------------------------------
 
@@ -218,6 +219,9 @@ class Driver:
     def new_endpoint(self, settings: ServerSettings) -> Endpoint:
         """Return the connections to a server, none of them open yet. Raises OSError for an unusable ca_file."""
         return Endpoint(settings.name, settings.url, client_context(settings), self.app.pool, self.clock)
+
+    async def _dial_spare(self, endpoint: Endpoint) -> None:
+        await endpoint.dial_spare(self.balancer.config.timeouts.connect_ns)
 
     def _start_probe(self, command: StartProbe) -> None:
         probe = Probe(command.server_id, command.probe_id, self._endpoint(command.server_id), self)

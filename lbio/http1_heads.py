@@ -36,6 +36,8 @@ _HOST = re.compile(rb"[-A-Za-z0-9._~!$&'()*+,;=%:\[\]]*")
 _ABSOLUTE = re.compile(r"https?://[^/?]+", re.IGNORECASE)
 _DIGITS = re.compile(rb"[0-9]{1,18}")  # ASCII only, below 2**63
 _REASON = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+_NAME = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]+")
+_VALUE = re.compile(rb"(?:[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?")
 
 
 class HttpError(Exception):
@@ -311,17 +313,36 @@ def _serialized_request(method: str, target: str, headers: HeaderPairs) -> bytes
 def serialize_response(status: int, headers: Iterable[tuple[bytes, bytes]], reason: bytes = b"") -> bytes:
     """Write an answer's head exactly as asked; without a reason, the status' usual phrase.
 
-    No header is added: framing is the caller's. Raises ValueError for what h11 refuses.
+    No header is added: framing is the caller's. Raises ValueError for what h11 refuses; it is not asked about headers
+    that are as they should be, since that takes longer than all else that is done for an answer.
     """
+    pairs = list(headers)
+    phrase = reason or _usual_reason(status)
+    if status >= 200 and _REASON.fullmatch(phrase) is not None and _are_plain(pairs):
+        return b"HTTP/1.1 %d %s\r\n%s\r\n" % (status, phrase, _header_lines(pairs))
     kind = h11.InformationalResponse if status < 200 else h11.Response
     try:
         # Only h11's checks are wanted: its Connection.send() would also choose a framing of its own.
-        event = kind(status_code=status, headers=list(headers), reason=reason or _usual_reason(status))
+        event = kind(status_code=status, headers=pairs, reason=phrase)
     except h11.LocalProtocolError as error:
         raise ValueError(str(error)) from error
     if _REASON.fullmatch(event.reason) is None:  # h11 does not look at it
         raise ValueError(f"illegal reason phrase {event.reason!r}")
     return b"HTTP/1.1 %d %s\r\n%s\r\n" % (status, event.reason, _header_lines(event.headers.raw_items()))
+
+
+def _are_plain(pairs: list[tuple[bytes, bytes]]) -> bool:
+    """Tell whether there is nothing that h11 could refuse."""
+    n_framing = 0
+    for name, value in pairs:
+        if _NAME.fullmatch(name) is None or _VALUE.fullmatch(value) is None:
+            return False
+        lowered = name.lower()
+        if lowered == b"content-length":
+            n_framing += 1 if _DIGITS.fullmatch(value) is not None else 2
+        elif lowered == b"transfer-encoding":
+            n_framing += 1 if value == b"chunked" else 2
+    return n_framing <= 1
 
 
 def _header_lines(pairs: list[tuple[bytes, bytes]]) -> bytes:

@@ -116,6 +116,17 @@ class SocketStream(ByteStream):
                 self._streak += 1
                 return data
 
+    def receive_nowait(self, max_bytes: int = RECEIVE_BYTES) -> bytes | None:
+        """Return what there is to receive, b"" at the end of the stream; None: nothing yet."""
+        if self._watched.closed:
+            raise anyio.ClosedResourceError
+        try:
+            return self._sock.recv(max_bytes)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError as error:
+            raise anyio.BrokenResourceError(str(error)) from error
+
     async def wait_readable(self) -> None:
         """Wait until `receive` would not block (bytes, end or error) and take nothing."""
         if self._watched.closed:
