@@ -56,6 +56,8 @@ class PolicySpec:
     placement: PlacementType = Placement
     knowing: KnowingType | None = None
     """A placement that must ask the world: instead of `placement`."""
+    program: Callable[[Config, Random], LoadBalancer] | None = None
+    """Another program altogether, which places by itself."""
     ships: bool = False
     """An operator can have it, by configuration alone."""
 
@@ -79,8 +81,8 @@ class PolicySpec:
 
     def build(self, config: Config, rng: Random, world: WorldView | None = None) -> LoadBalancer:
         """Return a balancer that works by this policy; its `config` is the configured one."""
-        if self.name == "original":
-            return Original(self.configure(config), rng)
+        if self.program is not None:
+            return self.program(self.configure(config), rng)
         return LoadBalancer(self.configure(config), rng, self.place(world))
 
 
@@ -261,6 +263,7 @@ _ALL = (
         about="the original program: 3 to 6 racers, the client waits for the slowest one's first token + 2 s",
         source="the original program, as its configuration (configs/seed.toml) and its defects are known",
         changes=_original,
+        program=Original,
     ),
 )
 
