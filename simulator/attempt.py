@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 from lbcore.events import (
@@ -210,6 +211,8 @@ class AttemptRun:
             self._core.dispatch(HeadReceived(self.attempt_id, 200))
         if self.begun and not self.closed:
             self._note(max(self.noted, self.result.tokens))
+            if failed.reason is Reason.RESET:  # the head is there: its body is what ends too early
+                failed = replace(failed, reason=Reason.TRUNCATED, status=200)
         self.status = failed.status
         self._report(failed)
 
