@@ -148,10 +148,14 @@ def speed_of(
         decode = 1 / (share / decode + (1 - share) / host_decode)
     figures = hardware.figures
     return Speed(
-        first_token_ns=figures.first_token_ns, prefill_rate=prefill, token_ns=round(_NS_PER_S / decode),
+        first_token_ns=figures.first_token_ns,
+        prefill_rate=prefill,
+        token_ns=round(_NS_PER_S / decode),
         batch_slowdown=figures.batch_slowdown,
         prefill_interference=_interference(prefill, decode, figures.prefill_chunk),
-        load_fixed_ns=figures.load_fixed_ns, load_rate=float(figures.load_rate))
+        load_fixed_ns=figures.load_fixed_ns,
+        load_rate=float(figures.load_rate),
+    )
 
 
 def fitting_share(hardware: Profile, size_bytes: int) -> float:

@@ -236,9 +236,17 @@ class _OpenLoopPart:
             if settings.duration_ns is not None and at_ns >= settings.duration_ns:
                 return
             yield Ask(
-                next(ids), settings.start_ns + at_ns, draws.model(traits()), settings.prompt.at(lengths()),
-                settings.output.at(lengths()), draws.route, draws.stream(traits()), draws.num_ctx(traits()),
-                leaves_after_ns=draws.leaves_after_ns(traits()), poison=draws.poison(traits()))
+                next(ids),
+                settings.start_ns + at_ns,
+                draws.model(traits()),
+                settings.prompt.at(lengths()),
+                settings.output.at(lengths()),
+                draws.route,
+                draws.stream(traits()),
+                draws.num_ctx(traits()),
+                leaves_after_ns=draws.leaves_after_ns(traits()),
+                poison=draws.poison(traits()),
+            )
 
     def follow_up(self, _: Ask, __: int, ___: Iterator[int], *, completed: bool) -> None:
         """Nothing follows."""
@@ -260,13 +268,19 @@ class _TracePart:
             model = rename.get(row.model, row.model) or DEFAULT_MODEL
             stream, num_ctx, leave = traits(), traits(), traits()
             yield Ask(
-                next(ids), settings.start_ns + at_ns, draws.model(traits(), model), row.prompt_tokens,
-                row.output_tokens, row.route or draws.route,
+                next(ids),
+                settings.start_ns + at_ns,
+                draws.model(traits(), model),
+                row.prompt_tokens,
+                row.output_tokens,
+                row.route or draws.route,
                 draws.stream(stream) if row.stream is None else row.stream,
                 draws.num_ctx(num_ctx) if row.num_ctx is None else row.num_ctx,
-                self._session(row, lap), self._blocks(row, lap),
+                self._session(row, lap),
+                self._blocks(row, lap),
                 draws.leaves_after_ns(leave) if row.leaves_after_ns is None else row.leaves_after_ns,
-                draws.poison(traits()))
+                draws.poison(traits()),
+            )
 
     def _rows(self) -> Iterator[tuple[int, int, Row]]:
         """Yield every row with its time since the start, and the lap it is in; a lap ends a mean gap after its last."""
@@ -375,8 +389,13 @@ class _SessionsPart:
 
     def _begin(self, number: int) -> _Session:
         rng = self._place.rng(f"session {number}")
-        return _Session(number, rng, self._draws.model(rng.random()), self._draws.num_ctx(rng.random()),
-                        self._settings.turns.at(rng.random()))
+        return _Session(
+            number,
+            rng,
+            self._draws.model(rng.random()),
+            self._draws.num_ctx(rng.random()),
+            self._settings.turns.at(rng.random()),
+        )
 
     def _turn(self, session: _Session, at_ns: int, ids: Iterator[int], *, again: bool = False) -> Ask | None:
         settings, draws, u = self._settings, self._draws, session.rng.random
@@ -392,9 +411,19 @@ class _SessionsPart:
         self._n_made += 1
         self._under_way[session.number] = session
         return Ask(
-            next(ids), at_ns, session.model, min(session.prompt_tokens, settings.prompt_max), session.output_tokens,
-            draws.route, draws.stream(u()), session.num_ctx, self._place.session(session.number),
-            self._blocks(session), draws.leaves_after_ns(u()), draws.poison(u()))
+            next(ids),
+            at_ns,
+            session.model,
+            min(session.prompt_tokens, settings.prompt_max),
+            session.output_tokens,
+            draws.route,
+            draws.stream(u()),
+            session.num_ctx,
+            self._place.session(session.number),
+            self._blocks(session),
+            draws.leaves_after_ns(u()),
+            draws.poison(u()),
+        )
 
     def _blocks(self, session: _Session) -> tuple[int, ...]:
         if session.prompt_tokens > self._settings.prompt_max:

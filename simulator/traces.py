@@ -229,8 +229,13 @@ def _burstgpt(header: str) -> Parse:
 
     def parse(line: str) -> Row | None:
         at, prompt, output, model, session = pick(line)
-        return _row(_seconds(at, _BURSTGPT[0]), _tokens(prompt, _BURSTGPT[1]), _tokens(output, _BURSTGPT[2]),
-                    model=model.strip(), session=session.strip())
+        return _row(
+            _seconds(at, _BURSTGPT[0]),
+            _tokens(prompt, _BURSTGPT[1]),
+            _tokens(output, _BURSTGPT[2]),
+            model=model.strip(),
+            session=session.strip(),
+        )
 
     return parse
 
@@ -240,8 +245,13 @@ def _plain(header: str) -> Parse:
 
     def parse(line: str) -> Row | None:
         at, prompt, output, model, session = pick(line)
-        return _row(_seconds(at, _PLAIN[0]), _tokens(prompt, _PLAIN[1]), _tokens(output, _PLAIN[2]),
-                    model=model.strip(), session=session.strip())
+        return _row(
+            _seconds(at, _PLAIN[0]),
+            _tokens(prompt, _PLAIN[1]),
+            _tokens(output, _PLAIN[2]),
+            model=model.strip(),
+            session=session.strip(),
+        )
 
     return parse
 
@@ -277,9 +287,12 @@ def _mooncake(_: str) -> Parse:
         blocks = found.get("hash_ids", [])
         if not isinstance(blocks, list) or any(type(block) is not int for block in blocks):
             raise BadLineError("hash_ids", "is not a list of whole numbers")
-        return _row(_time(Decimal(at), 1000, "timestamp"),
-                    _checked_tokens(_json_int(found, "input_length"), "input_length"),
-                    _checked_tokens(_json_int(found, "output_length"), "output_length"), blocks=tuple(blocks))
+        return _row(
+            _time(Decimal(at), 1000, "timestamp"),
+            _checked_tokens(_json_int(found, "input_length"), "input_length"),
+            _checked_tokens(_json_int(found, "output_length"), "output_length"),
+            blocks=tuple(blocks),
+        )
 
     return parse
 
@@ -330,12 +343,14 @@ def _opened(path: Path, lines: Iterator[Line], format_name: str) -> tuple[Format
         raise TraceError(str(path), 0, "", "is empty")
     known = "; ".join(f"{name}: {format_.first_line}" for name, format_ in FORMATS.items())
     if format_name and format_name not in FORMATS:
-        raise TraceError(str(path), 0, "", f"{quote(format_name)} is no format of a trace",
-                         choice_fix(format_name, list(FORMATS)))
+        raise TraceError(
+            str(path), 0, "", f"{quote(format_name)} is no format of a trace", choice_fix(format_name, list(FORMATS))
+        )
     fitting = [FORMATS[format_name]] if format_name else [f for f in FORMATS.values() if f.recognise(first.text)]
     if not fitting:
-        raise TraceError(str(path), first.number, "", "is the first line of no trace that is known",
-                         f"the first lines are {known}")
+        raise TraceError(
+            str(path), first.number, "", "is the first line of no trace that is known", f"the first lines are {known}"
+        )
     try:
         return fitting[0], fitting[0].reader(first.text), first
     except BadLineError as error:
@@ -353,8 +368,9 @@ def _in_order(path: Path, rows: Iterator[_Numbered]) -> Iterator[Row]:
     last_ns, last_line = 0, 0
     for row, line in rows:
         if row.at_ns < last_ns:
-            raise TraceError(str(path), line, "", f"is earlier than line {last_line}",
-                             "sort the file, or set sort = true")
+            raise TraceError(
+                str(path), line, "", f"is earlier than line {last_line}", "sort the file, or set sort = true"
+            )
         last_ns, last_line = row.at_ns, line
         yield row
 

@@ -73,8 +73,10 @@ def parse_workload(
     keys = [f"workload[{index}]" for index in range(len(tables))] if isinstance(raw, list) else ["workload"]
     if not tables:
         problems.append(Problem("workload", raw, "is empty", "write a [workload] table"))
-    found = [_parse_one(_Reading(table, key, problems, folder or Path(), duration_ns))
-             for table, key in zip(tables, keys, strict=True)]
+    found = [
+        _parse_one(_Reading(table, key, problems, folder or Path(), duration_ns))
+        for table, key in zip(tables, keys, strict=True)
+    ]
     return tuple(settings for settings in found if settings is not None)
 
 
@@ -83,8 +85,13 @@ def _parse_one(at: _Reading) -> Settings | None:
     if kind is None:
         return None
     names = LISTS[kind]
-    table = parse_table(TABLES[kind], {name: value for name, value in at.raw.items() if name not in names}, at.key,
-                        at.problems, also=_other_keys(at.key, kind))
+    table = parse_table(
+        TABLES[kind],
+        {name: value for name, value in at.raw.items() if name not in names},
+        at.key,
+        at.problems,
+        also=_other_keys(at.key, kind),
+    )
     traits = _traits(at, table)
     if kind is WorkloadKind.TRACE:
         return _trace(at, table, traits)
@@ -138,8 +145,15 @@ def _num_ctx(at: _Reading) -> Mix[int | None] | None:
         return None if amount is None else mix_of({amount.at(0.0): 1.0})
     weights = parse_weights(raw, key, at.problems)
     bad = [name for name in raw if name != "default" and not (name.isascii() and name.isdigit() and len(name) < 8)]
-    at.problems.extend(Problem(join(key, name), raw[name], "is not the share of a number of tokens",
-                               "write shares such as { default = 0.9, 8192 = 0.1 }") for name in bad)
+    at.problems.extend(
+        Problem(
+            join(key, name),
+            raw[name],
+            "is not the share of a number of tokens",
+            "write shares such as { default = 0.9, 8192 = 0.1 }",
+        )
+        for name in bad
+    )
     if weights is None or bad:
         return None
     return mix_of({None if name == "default" else int(name): weight for name, weight in weights.items()})
@@ -213,8 +227,20 @@ def _sessions(at: _Reading, table: Any, traits: Traits) -> Sessions | None:
         message = "says both users and rate" if "users" in at.raw else "says neither users nor rate"
         at.problems.append(Problem(at.key, at.raw, message, "write users = 20, or rate = 0.5 sessions per s"))
     ends_ns = _must_end(at, table.requests, table.duration_ns)
-    return Sessions(traits, prompt, new, output, turns, think or exponential(10 * SECOND_NS, 0, WAIT_MAX_NS),
-                    table.users, table.rate, table.prompt_max, table.start_ns, table.requests, ends_ns)
+    return Sessions(
+        traits,
+        prompt,
+        new,
+        output,
+        turns,
+        think or exponential(10 * SECOND_NS, 0, WAIT_MAX_NS),
+        table.users,
+        table.rate,
+        table.prompt_max,
+        table.start_ns,
+        table.requests,
+        ends_ns,
+    )
 
 
 def _trace(at: _Reading, table: Any, traits: Traits) -> Trace | None:
@@ -228,8 +254,18 @@ def _trace(at: _Reading, table: Any, traits: Traits) -> Trace | None:
     except TraceError as error:
         place = f"(line {error.line}{error.column and f', column {error.column}'}) " if error.line else ""
         at.problems.append(Problem(join(at.key, "path"), table.path, place + error.message, error.fix))
-    return Trace(traits, path, name, rename, table.start_ns, table.duration_ns, table.speed, table.limit,
-                 table.repeat, table.sort)
+    return Trace(
+        traits,
+        path,
+        name,
+        rename,
+        table.start_ns,
+        table.duration_ns,
+        table.speed,
+        table.limit,
+        table.repeat,
+        table.sort,
+    )
 
 
 def _rename(at: _Reading) -> tuple[tuple[str, str], ...]:

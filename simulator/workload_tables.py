@@ -86,8 +86,9 @@ class GammaTable(OpenTable):
     """Bursts."""
 
     rate: float = ratio("requests per s, on average", low=_RATE_MIN)
-    cv: float = ratio("standard deviation of the gaps over their mean; 1 is Poisson, more is burstier", 3.0,
-                      low=0.01, high=100.0)
+    cv: float = ratio(
+        "standard deviation of the gaps over their mean; 1 is Poisson, more is burstier", 3.0, low=0.01, high=100.0
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,11 +113,13 @@ class HerdTable(CommonTable):
 class SessionsTable(OpenTable):
     """Conversations: the next request of each waits for the answer to the last."""
 
-    users: int | None = count("how many people talk at a time; each begins a new session after the last", None, low=1,
-                              high=1_000_000)
+    users: int | None = count(
+        "how many people talk at a time; each begins a new session after the last", None, low=1, high=1_000_000
+    )
     rate: float | None = ratio("sessions that begin per s (Poisson), instead of users", None, low=_RATE_MIN)
-    prompt_max: int = count("tokens at which a conversation is cut at its beginning, as a context is", 32_768, low=1,
-                            high=TOKENS_MAX)
+    prompt_max: int = count(
+        "tokens at which a conversation is cut at its beginning, as a context is", 32_768, low=1, high=TOKENS_MAX
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,6 +91,12 @@ def test_every_size_has_a_speed(name: str, parameters: float) -> None:
     assert speed.load_ns(round(parameters * 1e9)) > speed.load_fixed_ns
 
 
+def test_decoding_makes_a_token_for_each_chunk_of_a_prompt_that_is_read_meanwhile() -> None:
+    speed = speed_of(profile("rtx4090"), parameters=8.03)
+    chunk_s = 512 / 7139
+    assert 130.6 * (1 - speed.prefill_interference) == pytest.approx(1 / chunk_s)
+
+
 def test_a_size_in_bytes_is_a_size_in_parameters() -> None:
     size_bytes = round(8.03e9 * BYTES_PER_PARAMETER)
     assert size_bytes == pytest.approx(4.58 * 2**30, rel=0.01)  # LLaMA 3 8B Q4_K_M

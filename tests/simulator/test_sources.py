@@ -111,6 +111,8 @@ def test_a_turn_that_failed_is_asked_again_and_counts() -> None:
             for before, after in pairwise(found)]
     assert same == [True, False, False, True, False]
     assert len({ask.session for ask in found}) == 1
+    source = make_source(workload(f"{CHAT}users = 1\nturns = 3\nrequests = 9"), 1)
+    assert [ask.session for ask in talk(source, completed=lambda _: False)] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
 def test_a_prompt_is_cut_at_its_maximum_and_then_shares_nothing() -> None:
