@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -55,10 +57,10 @@ def _has_uvloop() -> bool:
 async def _main(app: AppConfig, fleet: FleetFactory | None) -> int:
     async with contextlib.AsyncExitStack() as stack:
         signals = stack.enter_context(_receiving_signals())
-        if fleet is not None:
-            servers = await stack.enter_async_context(fleet())
-            app = replace(app, core=replace(app.core, servers=(*app.core.servers, *servers)))
         try:
+            if fleet is not None:
+                servers = await stack.enter_async_context(fleet())
+                app = replace(app, core=replace(app.core, servers=(*app.core.servers, *servers)))
             service = await stack.enter_async_context(start(app))
         except OSError as error:
             _log.error("cannot start: %s", error.strerror or error)
@@ -70,6 +72,16 @@ async def _main(app: AppConfig, fleet: FleetFactory | None) -> int:
             _greet(service, demo=fleet is not None)
         await _until_told(service, signals)
     return 0
+
+
+def _cannot_listen(error: OSError, address: Address) -> OSError:
+    """Return the same with words that say where, and what to do about it."""
+    words = str(error.strerror or error)
+    if isinstance(error, socket.gaierror):
+        words = f"cannot listen on {address}: {words}"
+    elif error.errno == errno.EADDRINUSE:
+        words = f"{words}; another program has this port, perhaps an Ollama: choose another one with --listen"
+    return OSError(error.errno, words)
 
 
 class Service:
@@ -96,7 +108,10 @@ async def start(app: AppConfig, *, clock: Callable[[], int] = time.monotonic_ns)
     Raises OSError when it cannot listen or a ca_file is unusable, RecordError when nothing can be recorded.
     """
     address = parse_listen(app.listen)
-    listener = await SocketListener.listen(address.host, address.port)
+    try:
+        listener = await SocketListener.listen(address.host, address.port)
+    except OSError as error:
+        raise _cannot_listen(error, address) from None
     recording = Recording(app.record)
     try:
         seed = app.seed if app.seed is not None else random.SystemRandom().getrandbits(63)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import anyio
 import pytest
@@ -56,7 +57,7 @@ async def stream_through_shutdown(*, token_ms: float, drain: str) -> bytes:
 @pytest.mark.anyio
 async def test_how_many_requests_are_waited_for_and_cut_is_told_in_words(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        await stream_through_shutdown(token_ms=200, drain="50ms")
+        await stream_through_shutdown(token_ms=500, drain="50ms")
     assert [message for message in caplog.messages if message.startswith("shutting down")] == [
         "shutting down: waiting up to 0.05 s for 1 request", "shutting down: cutting 1 request"]
 
@@ -232,3 +233,24 @@ def test_a_busy_port_is_one_clear_line_and_1() -> None:
     (line,) = err.splitlines()
     assert str(port) in line
     assert "in use" in line
+    assert "--listen" in line
+
+
+def test_an_address_that_does_not_exist_is_one_clear_line_and_1() -> None:
+    with running("-l", "no.such.host.invalid:80", "-s", "http://127.0.0.1:1=gone") as process:
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (1, "")
+    (line,) = err.splitlines()
+    assert "cannot listen on no.such.host.invalid:80: " in line
+
+
+def test_a_busy_port_of_a_fake_server_is_one_clear_line_and_1(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        path = tmp_path / "fleet.toml"
+        path.write_text(f'[[fleet]]\nname = "a"\nport = {taken.getsockname()[1]}\n', encoding="utf-8")
+        with running(str(path), "-l", "127.0.0.1:0") as process:
+            out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (1, "")
+    (line,) = err.splitlines()
+    assert "in use" in line
+    assert "--listen" not in line
