@@ -79,7 +79,7 @@ def plot_run(result: RunResult, path: Path) -> None:
         n = max(1, len(result.servers))
         heights = [0.3 + 0.19 * len(faults)] if faults else []
         heights += [3.0, min(9.0, 0.6 + n * (0.5 if n <= 8 else 0.3)), 2.2]
-        title = ", ".join(part for part in (result.scenario, result.policy, f"seed {result.seed}") if part)
+        title = f"{result.scenario}, {result.policy or 'as configured'}, seed {result.seed}"
         figure = new_figure(14.0, sum(heights) + 1.2, title)
         panels: list[Axes] = list(
             figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]

@@ -163,7 +163,7 @@ def test_a_flood_of_attempts_stays_in_its_row() -> None:
 
 def test_nothing_can_be_drawn_too(tmp_path: Path) -> None:
     text = text_of(tmp_path, lambda path: plot_run(RunResult("empty", 1, ""), path))
-    for words in ("empty, seed 1", "no requests", "no attempts", "no health recorded"):
+    for words in ("empty, as configured, seed 1", "no requests", "no attempts", "no health recorded"):
         assert f">{words}<" in text
     run = RunResult("all refused", 1, "", requests=[small().requests[2]], ended_ns=SECOND_NS)
     assert ">rejected (1)<" in text_of(tmp_path, lambda path: plot_run(run, path))
