@@ -68,6 +68,8 @@ async def _main(app: AppConfig, fleet: FleetFactory | None) -> int:
         except RecordError as error:
             _log.error("%s", error)
             return 2
+        gc.collect()
+        gc.freeze()  # what was imported stays: a collection that looks at all of it stops everything for 20 ms
         with contextlib.suppress(OSError):  # nobody may be reading standard output
             _greet(service, demo=fleet is not None)
         await _until_told(service, signals)
