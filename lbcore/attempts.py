@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lbcore import events, race
-from lbcore.commands import AbortRequest, AttemptKind, CancelAttempt, Command, CommitAttempt, Decision
+from lbcore.commands import AbortRequest, CancelAttempt, Command, CommitAttempt, Decision
 from lbcore.config import Config, Winner
 from lbcore.events import Reason
 from lbcore.fleet import Fleet
@@ -16,7 +16,16 @@ from lbcore.schema import SECOND_NS
 from lbcore.states import AttemptInput, AttemptState, Reliability, ReliabilityInput, RequestInput, RequestState
 from lbcore.timers import TimerKind, Timers
 
-_RIVALS = frozenset({AttemptKind.RACER, AttemptKind.HEDGE})
+# Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
+_CONNECTED, _HEAD, _FIRST_TOKEN = AttemptInput.CONNECTED, AttemptInput.HEAD, AttemptInput.FIRST_TOKEN
+_END = AttemptInput.END
+_FINISH = RequestInput.FINISH
+_RACING = RequestState.RACING
+_GENERATE, _LOAD, _UNLOAD, _MANAGE = RequestKind.GENERATE, RequestKind.LOAD, RequestKind.UNLOAD, RequestKind.MANAGE
+_RELIABLE, _UNRELIABLE = Reliability.RELIABLE, Reliability.UNRELIABLE
+_MOST_TOKENS = Winner.MOST_TOKENS
+_LOST_RACE = Reason.LOST_RACE
+_COMMITTED, _FINISHED = Decision.COMMITTED, Decision.FINISHED
 
 
 def _is_refused(request: Request) -> bool:
@@ -40,7 +49,7 @@ class Attempts:
 
     def on_connected(self, event: events.AttemptConnected, now_ns: int) -> None:
         """The server accepted: the time for its first token runs."""
-        attempt = self._ledger.advance(event.attempt_id, AttemptInput.CONNECTED)
+        attempt = self._ledger.advance(event.attempt_id, _CONNECTED)
         if attempt is not None:
             self._ledger.expect_by(attempt, now_ns + self._patience_ns(attempt))
 
@@ -48,7 +57,7 @@ class Attempts:
         """Return how long a connected attempt may take to its first token, or to its whole answer."""
         timeouts = self._config.timeouts
         request = attempt.request
-        if request.kind is RequestKind.LOAD or (attempt.cold and request.stream):
+        if request.kind is _LOAD or (attempt.cold and request.stream):
             return timeouts.first_token_cold_ns
         if request.stream:
             return timeouts.first_token_warm_ns
@@ -56,13 +65,13 @@ class Attempts:
 
     def on_head(self, event: events.HeadReceived, now_ns: int) -> None:
         """A good head came; nothing is decided by it."""
-        attempt = self._ledger.advance(event.attempt_id, AttemptInput.HEAD)
+        attempt = self._ledger.advance(event.attempt_id, _HEAD)
         if attempt is not None:
             attempt.last_chunk_ns = now_ns
 
     def on_first_token(self, event: events.FirstTokenReceived, now_ns: int) -> None:
         """The first token came: this may be the winner."""
-        attempt = self._ledger.advance(event.attempt_id, AttemptInput.FIRST_TOKEN)
+        attempt = self._ledger.advance(event.attempt_id, _FIRST_TOKEN)
         if attempt is None or attempt.first_token_ns is not None:
             return
         self._ledger.mark_first_token(attempt, now_ns)
@@ -72,9 +81,9 @@ class Attempts:
         request = attempt.request
         if request.stream:
             self._ledger.expect_by(attempt, now_ns + self._config.timeouts.silence_ns)
-        if request.rule is Winner.MOST_TOKENS:
+        if request.rule is _MOST_TOKENS:
             self._open_window(request, self._config.race.measure_ns, now_ns)
-        elif attempt.server.reliability is Reliability.UNRELIABLE:
+        elif attempt.server.reliability is _UNRELIABLE:
             self._open_window(request, self._config.race.hedge_delay_initial_ns, now_ns)
         self._settle(request, now_ns)
 
@@ -110,7 +119,7 @@ class Attempts:
 
     def _settle(self, request: Request, now_ns: int, *, window_over: bool = False) -> None:
         """Commit the winner, if there is one by now."""
-        if request.state is not RequestState.RACING or request.kind is RequestKind.UNLOAD:
+        if request.state is not _RACING or request.kind is _UNLOAD:
             return
         winner = race.winner_now(request, window_over=window_over)
         if winner is not None:
@@ -120,10 +129,8 @@ class Attempts:
         self._ledger.commit(request, winner)
         self._out.append(CommitAttempt(request.id, winner.id))
         rule = request.rule if len(request.attempts) > 1 else "the only one"
-        self._ledger.record(
-            Decision.COMMITTED, request, rule, server=winner.server.name, took_ns=now_ns - request.arrived_ns
-        )
-        learns = request.kind is RequestKind.GENERATE and winner.target is not None and not winner.cold
+        self._ledger.record(_COMMITTED, request, rule, winner.server.name, now_ns - request.arrived_ns)
+        learns = request.kind is _GENERATE and winner.target is not None and not winner.cold
         if request.model is not None and learns:
             stats = self._fleet.model_stats(request.model)
             if request.stream:
@@ -145,11 +152,11 @@ class Attempts:
             return
         if loser.first_token_ns is None and not loser.cold:
             self._fleet.note_loss(loser, winner, now_ns)
-        self._ledger.cancel(loser, Reason.LOST_RACE, f"lost to {winner.server.name}", now_ns)
+        self._ledger.cancel(loser, _LOST_RACE, f"lost to {winner.server.name}", now_ns)
 
     def on_ended(self, event: events.StreamEnded, now_ns: int) -> None:
         """An answer ended well."""
-        attempt = self._ledger.advance(event.attempt_id, AttemptInput.END)
+        attempt = self._ledger.advance(event.attempt_id, _END)
         if attempt is None:
             return
         request = attempt.request
@@ -160,7 +167,7 @@ class Attempts:
         if attempt.detached:
             self._ledger.waste(attempt)
             return
-        if request.kind is RequestKind.UNLOAD:
+        if request.kind is _UNLOAD:
             self._settle_unload(request, now_ns)
             return
         if request.committed is None:
@@ -172,21 +179,20 @@ class Attempts:
         """A whole good answer has come: learn from it, and credit the server."""
         request, server, target = attempt.request, attempt.server, attempt.target
         took_ns = now_ns - attempt.started_ns
-        if target is not None and not attempt.cold and request.kind is RequestKind.GENERATE:
+        if target is not None and not attempt.cold and request.kind is _GENERATE:
             target.service_ns = smooth(target.service_ns, took_ns)
             since_first_ns = now_ns - (attempt.first_token_ns or now_ns)
             if attempt.n_tokens > 1 and since_first_ns > 0:
                 target.token_rate = smooth(target.token_rate, (attempt.n_tokens - 1) * SECOND_NS / since_first_ns)
-        if request.kind is RequestKind.UNLOAD and request.model is not None:
+        if request.kind is _UNLOAD and request.model is not None:
             self._fleet.unloaded(server, request.model, now_ns)
-        elif request.kind is RequestKind.MANAGE:
+        elif request.kind is _MANAGE:
             self._fleet.probe_now(server, now_ns, changed=True)
-        if request.stream and request.kind is RequestKind.GENERATE and server.reliability is not Reliability.RELIABLE:
+        if request.stream and request.kind is _GENERATE and server.reliability is not _RELIABLE:
             self._fleet.note_reliability(server, ReliabilityInput.ENDED_WELL, now_ns, "a stream ended well")
-        fastest = not attempt.detached and any(a.kind in _RIVALS for a in request.attempts)
-        self._fleet.succeed(
-            server, now_ns, "won a race and ended well" if fastest else "served a request", fastest=fastest
-        )
+        fastest = request.raced and not attempt.detached
+        why = "won a race and ended well" if fastest else "served a request"
+        self._fleet.succeed(server, now_ns, why, fastest=fastest)
 
     def _settle_unload(self, request: Request, now_ns: int) -> None:
         if request.live_attempts:
@@ -202,14 +208,8 @@ class Attempts:
         for server, failure in request.suspects:
             if server.id in self._fleet.servers and server is not attempt.server:
                 self._fail_server(server, failure, now_ns)
-        self._ledger.end(
-            request,
-            RequestInput.FINISH,
-            Decision.FINISHED,
-            f"{attempt.n_tokens} tokens" if attempt.n_tokens else "",
-            now_ns,
-            server=attempt.server.name,
-        )
+        why = f"{attempt.n_tokens} tokens" if attempt.n_tokens else ""
+        self._ledger.end(request, _FINISH, _FINISHED, why, now_ns, attempt.server.name)
 
     def on_failed(self, event: events.AttemptFailed, now_ns: int) -> None:
         """An attempt failed, as the driver saw it."""
@@ -297,7 +297,7 @@ class Attempts:
 
     def _after_failure(self, request: Request, reason: Reason, now_ns: int) -> None:
         """Go on after an attempt failed before the commit: wait for the others, ask the next server, or give up."""
-        if request.kind is RequestKind.UNLOAD:
+        if request.kind is _UNLOAD:
             self._settle_unload(request, now_ns)
             return
         if request.live_attempts:
@@ -305,7 +305,7 @@ class Attempts:
             if not _is_refused(request):
                 self._requests.replace(request, now_ns)
             return
-        may_go_elsewhere = reason in UNDONE if request.kind is RequestKind.MANAGE else not _is_refused(request)
+        may_go_elsewhere = reason in UNDONE if request.kind is _MANAGE else not _is_refused(request)
         if may_go_elsewhere and self._requests.retry(request, now_ns):
             return
         self._requests.conclude(request, now_ns)

@@ -91,8 +91,11 @@ class LoadBalancer:
         handler(event, now_ns)
         if self.ledger.room_made:
             self._use_room(now_ns)
-        commands = self._out[:]
-        self._out.clear()
+        out = self._out
+        if not out:
+            return []
+        commands = out[:]
+        out.clear()
         return commands
 
     def handle_timeout(self, now_ns: int) -> list[Command]:
@@ -127,7 +130,8 @@ class LoadBalancer:
     def _use_room(self, now_ns: int) -> None:
         """Look at the queue, since an attempt has ended or a server has changed."""
         self.ledger.room_made = False
-        self._requests.rescue_stuck(now_ns)
+        if self._requests.stuck:
+            self._requests.rescue_stuck(now_ns)
         if len(self.ledger.queue):
             self._requests.serve_queue(now_ns)
 

@@ -19,8 +19,7 @@ class AttemptKind(StrEnum):
     RESUME = "resume"
 
 
-@dataclass(frozen=True, slots=True)
-class StartAttempt:
+class StartAttempt(NamedTuple):  # this one and those below that are named tuples are made for every request
     """Send the request to a server."""
 
     request_id: int
@@ -29,16 +28,14 @@ class StartAttempt:
     kind: AttemptKind
 
 
-@dataclass(frozen=True, slots=True)
-class CancelAttempt:
+class CancelAttempt(NamedTuple):
     """Close the attempt's connection now; nothing more is wanted of it."""
 
     attempt_id: int
     reason: Reason
 
 
-@dataclass(frozen=True, slots=True)
-class CommitAttempt:
+class CommitAttempt(NamedTuple):
     """Give the client this attempt's head, what is held of its body, and all that follows."""
 
     request_id: int

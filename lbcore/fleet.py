@@ -24,6 +24,11 @@ from lbcore.units import counted
 
 _HOLDERS_MAX = 1024
 
+# Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
+_GENERATE, _UNLOAD = RequestKind.GENERATE, RequestKind.UNLOAD
+_HEALTHY = ServerState.HEALTHY
+_HEALTH = Decision.HEALTH
+
 
 def _why_not(server: Server) -> str:
     return "it is being removed" if server.state is ServerState.DRAINING else server.last_error or "not probed yet"
@@ -148,13 +153,9 @@ class Fleet:
     def _set_health(self, server: Server, value: float, now_ns: int, why: str) -> None:
         before, server.health = server.health, value
         if value != before:
-            self._out.append(
-                RecordDecision(
-                    Decision.HEALTH, server=server.name, why=why, before=f"{before:.2f}", after=f"{value:.2f}"
-                )
-            )
+            self._out.append(RecordDecision(_HEALTH, 0, server.name, why, f"{before:.2f}", f"{value:.2f}"))
         if value >= ALIVE_FROM:
-            if self._step(server, ServerInput.REVIVE):
+            if server.state is not _HEALTHY and self._step(server, ServerInput.REVIVE):
                 server.probe_failures = server.probe_pause_ns = 0
                 if server.died_ns is not None:
                     self._record(Decision.SERVER_BACK, server, why)
@@ -221,14 +222,14 @@ class Fleet:
         kind = attempt.request.kind
         server.losses = 0
         server.doubted = False
-        if target is None or kind is RequestKind.UNLOAD:
+        if target is None or kind is _UNLOAD:
             return
         took_ns = now_ns - attempt.started_ns
         if attempt.cold:
             if attempt.loader and (attempt.request.stream or kind is RequestKind.LOAD):
                 target.load_ns = float(took_ns) if target.load_ns is None else (target.load_ns + took_ns) / 2
             self.probe_now(server, now_ns, changed=True)  # /api/ps lists it from now on
-        elif attempt.request.stream and kind is RequestKind.GENERATE:
+        elif attempt.request.stream and kind is _GENERATE:
             target.note_first_token(took_ns, now_ns)
         target.runner_key = attempt.request.runner_key
         if not target.loaded:

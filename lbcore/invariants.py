@@ -181,9 +181,8 @@ def _catalog(balancer: LoadBalancer) -> Iterator[str]:
         holders = [server for server in fleet if server.is_alive and (model is None or server.has(model))]
         if fleet.holders(model) != holders:
             yield f"{fleet.holders(model)} are said to have {model or 'any model'}, but {holders} have it"
-        elif model is not None:
-            if fleet.pool(model).records != [server.models[model] for server in holders]:
-                yield f"what is kept of the holders of {model} is out of date"
+        elif model is not None and fleet.pool(model).records != [server.models[model] for server in holders]:
+            yield f"what is kept of the holders of {model} is out of date"
 
 
 def _draining(server: Server, due: int | None) -> Iterator[str]:

@@ -9,16 +9,28 @@ from lbcore.events import Reason
 from lbcore.fleet import Fleet
 from lbcore.records import Attempt, Request, Server
 from lbcore.states import (
-    ATTEMPT_TRANSITIONS,
+    ATTEMPT_STEPS,
     REQUEST_ENDS,
-    REQUEST_TRANSITIONS,
+    REQUEST_STEPS,
     AttemptInput,
     Reliability,
     ReliabilityInput,
     RequestInput,
     RequestState,
+    ServerState,
 )
 from lbcore.timers import TimerKind, Timers
+
+# Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
+_RACER, _HEDGE, _RETRY = AttemptKind.RACER, AttemptKind.HEDGE, AttemptKind.RETRY
+_QUEUED, _RELAYING = RequestState.QUEUED, RequestState.RELAYING
+_START, _COMMIT = RequestInput.START, RequestInput.COMMIT
+_CHOOSE, _CANCEL = AttemptInput.COMMIT, AttemptInput.CANCEL
+_RELIABLE = Reliability.RELIABLE
+_DRAINING = ServerState.DRAINING
+_CANCELLED = Decision.CANCELLED
+_ATTEMPT_TIMER, _HEDGE_TIMER, _MEASURE_TIMER = TimerKind.ATTEMPT, TimerKind.HEDGE, TimerKind.MEASURE
+_QUEUE_TIMER = TimerKind.QUEUE
 
 
 class Ledger:
@@ -42,35 +54,40 @@ class Ledger:
 
     def start(self, request: Request, server: Server, kind: AttemptKind, now_ns: int) -> Attempt:
         """Start an attempt."""
-        self._last_attempt_id += 1
-        attempt = Attempt(self._last_attempt_id, request, server, kind, now_ns)
+        self._last_attempt_id = attempt_id = self._last_attempt_id + 1
+        attempt = Attempt(attempt_id, request, server, kind, now_ns)
         request.attempts.append(attempt)
         request.live_attempts.append(attempt)
-        self.attempts[attempt.id] = attempt
+        self.attempts[attempt_id] = attempt
         server.in_flight += 1
-        if attempt.target is not None:
-            attempt.target.in_flight += 1
-            attempt.target.loading += attempt.cold
-        self.retry_budget.under_way += kind is AttemptKind.RETRY
-        if request.state is RequestState.QUEUED:
-            self._timers.cancel(TimerKind.QUEUE, request.id)
-            self.step(request, RequestInput.START)
-        if server.reliability is not Reliability.RELIABLE:
+        target = attempt.target
+        if target is not None:
+            target.in_flight += 1
+            target.loading += attempt.cold
+        if kind is _RACER or kind is _HEDGE:
+            request.raced = True
+        elif kind is _RETRY:
+            self.retry_budget.under_way += 1
+        if request.state is _QUEUED:
+            self._timers.cancel(_QUEUE_TIMER, request.id)
+            self.step(request, _START)
+        if server.reliability is not _RELIABLE:
             self._fleet.note_reliability(server, ReliabilityInput.CHOSEN, now_ns, "chosen again")
-        attempt.due_ns = attempt.timer_ns = now_ns + self._config.timeouts.connect_ns
-        self._timers.arm(TimerKind.ATTEMPT, attempt.id, attempt.timer_ns)
-        self._out.append(StartAttempt(request.id, attempt.id, server.id, kind))
+        attempt.due_ns = attempt.timer_ns = due_ns = now_ns + self._config.timeouts.connect_ns
+        self._timers.arm(_ATTEMPT_TIMER, attempt_id, due_ns)
+        self._out.append(StartAttempt(request.id, attempt_id, server.id, kind))
         return attempt
 
     def advance(self, attempt_id: int, given: AttemptInput) -> Attempt | None:
         """Step an attempt; None, and counted as late, when the input means nothing to it."""
         attempt = self.attempts.get(attempt_id)
-        following = ATTEMPT_TRANSITIONS.get((attempt.state, given)) if attempt is not None else None
-        if attempt is None or following is None:
-            self.late_events += 1
-            return None
-        attempt.state = following
-        return attempt
+        if attempt is not None:
+            following = ATTEMPT_STEPS[attempt.state].get(given)
+            if following is not None:
+                attempt.state = following
+                return attempt
+        self.late_events += 1
+        return None
 
     def expect_by(self, attempt: Attempt, due_ns: int) -> None:
         """Set when an attempt has taken too long at its step.
@@ -81,14 +98,14 @@ class Ledger:
         attempt.due_ns = due_ns
         if due_ns < attempt.timer_ns:
             attempt.timer_ns = due_ns
-            self._timers.arm(TimerKind.ATTEMPT, attempt.id, due_ns)
+            self._timers.arm(_ATTEMPT_TIMER, attempt.id, due_ns)
 
     def is_due(self, attempt: Attempt, now_ns: int) -> bool:
         """Tell whether a timer that fired means something; if not, arm it for when it will."""
         if attempt.due_ns <= now_ns:
             return True
         attempt.timer_ns = attempt.due_ns
-        self._timers.arm(TimerKind.ATTEMPT, attempt.id, attempt.due_ns)
+        self._timers.arm(_ATTEMPT_TIMER, attempt.id, attempt.due_ns)
         return False
 
     def mark_first_token(self, attempt: Attempt, now_ns: int) -> None:
@@ -100,21 +117,23 @@ class Ledger:
 
     def release(self, attempt: Attempt) -> None:
         """Give back what an ended attempt held."""
+        request, server, target = attempt.request, attempt.server, attempt.target
         del self.attempts[attempt.id]
         if not attempt.detached:
-            attempt.request.live_attempts.remove(attempt)
-        self._timers.cancel(TimerKind.ATTEMPT, attempt.id)
-        attempt.server.in_flight -= 1
-        if attempt.target is not None:
-            attempt.target.in_flight -= 1
+            request.live_attempts.remove(attempt)
+        self._timers.cancel(_ATTEMPT_TIMER, attempt.id)
+        server.in_flight -= 1
+        if target is not None:
+            target.in_flight -= 1
             if attempt.first_token_ns is None:
-                attempt.target.loading -= attempt.cold
-        if attempt.request.committed is not attempt:
+                target.loading -= attempt.cold
+        if request.committed is not attempt:
             self._count_off_retry(attempt)
         self.room_made = True
         if attempt.loader and attempt.loads:
             self._pass_on_load(attempt)
-        self._fleet.forget_if_drained(attempt.server)
+        if server.state is _DRAINING:
+            self._fleet.forget_if_drained(server)
 
     def _pass_on_load(self, gone: Attempt) -> None:
         """Ollama loads for the request that came first; if that goes, for the next one."""
@@ -130,14 +149,15 @@ class Ledger:
 
     def commit(self, request: Request, winner: Attempt) -> None:
         """Choose an attempt; a retry is over with that, though its answer may stream on for long."""
-        self.step(request, RequestInput.COMMIT)
+        self.step(request, _COMMIT)
         request.committed = winner
         if winner.id in self.attempts:  # else its whole answer is held, and it has ended already
-            self.advance(winner.id, AttemptInput.COMMIT)
+            self.advance(winner.id, _CHOOSE)
             self._count_off_retry(winner)
 
     def _count_off_retry(self, attempt: Attempt) -> None:
-        self.retry_budget.under_way -= attempt.kind is AttemptKind.RETRY
+        if attempt.kind is _RETRY:
+            self.retry_budget.under_way -= 1
 
     def detach(self, attempt: Attempt) -> None:
         """Let an attempt that lost its race go on, until the model it loads is loaded."""
@@ -146,15 +166,9 @@ class Ledger:
 
     def cancel(self, attempt: Attempt, reason: Reason, why: str, now_ns: int) -> None:
         """Cancel an attempt that is not needed any more."""
-        if self.advance(attempt.id, AttemptInput.CANCEL) is not None:
+        if self.advance(attempt.id, _CANCEL) is not None:
             self._out.append(CancelAttempt(attempt.id, reason))
-            self.record(
-                Decision.CANCELLED,
-                attempt.request,
-                why,
-                server=attempt.server.name,
-                took_ns=now_ns - attempt.started_ns,
-            )
+            self.record(_CANCELLED, attempt.request, why, attempt.server.name, now_ns - attempt.started_ns)
             self.release(attempt)
             self.waste(attempt)
 
@@ -167,35 +181,34 @@ class Ledger:
 
     def step(self, request: Request, given: RequestInput) -> None:
         """Step a request. Its inputs come from the balancer alone, so one that does not fit is a defect."""
-        following = REQUEST_TRANSITIONS.get((request.state, given))
+        following = REQUEST_STEPS[request.state].get(given)
         assert following is not None, (request, given)  # noqa: S101
         request.state = following
         assert following not in REQUEST_ENDS or not request.live_attempts, request  # noqa: S101
 
     def disarm(self, request: Request) -> None:
         """Drop the timers of a request."""
-        self._timers.cancel(TimerKind.HEDGE, request.id)
-        self._timers.cancel(TimerKind.MEASURE, request.id)
-        if request.state is RequestState.QUEUED:
-            self._timers.cancel(TimerKind.QUEUE, request.id)
+        self._timers.cancel(_HEDGE_TIMER, request.id)
+        self._timers.cancel(_MEASURE_TIMER, request.id)
+        if request.state is _QUEUED:
+            self._timers.cancel(_QUEUE_TIMER, request.id)
 
     def end(
-        self, request: Request, given: RequestInput, decision: Decision, why: str, now_ns: int, *, server: str = ""
+        self, request: Request, given: RequestInput, decision: Decision, why: str, now_ns: int, server: str = ""
     ) -> None:
         """End a request: this is its one outcome."""
-        if request.state is not RequestState.RELAYING:  # else that was done at the commit
+        if request.state is not _RELAYING:  # else that was done at the commit
             self.disarm(request)
         self.step(request, given)
         self.queue.remove(request)
         del self.requests[request.id]
-        self.record(decision, request, why, server=server, took_ns=now_ns - request.arrived_ns)
+        self.record(decision, request, why, server, now_ns - request.arrived_ns)
 
     def record(
         self,
         decision: Decision,
         request: Request,
         why: str,
-        *,
         server: str = "",
         took_ns: int = 0,
         names: tuple[str, ...] = (),

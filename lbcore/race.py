@@ -9,7 +9,11 @@ from lbcore.ollama import model_not_found
 from lbcore.records import Attempt, ModelStats, Request
 from lbcore.states import AttemptState, Reliability
 
-_ANSWERING = (AttemptState.STREAMING, AttemptState.SUCCEEDED)
+# Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
+_STREAMING, _SUCCEEDED = AttemptState.STREAMING, AttemptState.SUCCEEDED
+_ANSWERING = (_STREAMING, _SUCCEEDED)
+_UNRELIABLE = Reliability.UNRELIABLE
+_FIRST_TOKEN, _MOST_TOKENS = Winner.FIRST_TOKEN, Winner.MOST_TOKENS
 
 
 def winner_now(request: Request, *, window_over: bool = False) -> Attempt | None:
@@ -22,24 +26,24 @@ def winner_now(request: Request, *, window_over: bool = False) -> Attempt | None
     if not runners:
         return None
     for attempt in runners:
-        if attempt.state is AttemptState.SUCCEEDED or attempt.full:
+        if attempt.state is _SUCCEEDED or attempt.full:
             return attempt
-    trusted = [a for a in runners if a.server.reliability is not Reliability.UNRELIABLE]
+    trusted = [a for a in runners if a.server.reliability is not _UNRELIABLE]
     if trusted:
         runners = trusted
     elif not window_over and _has_better(request):
         return None  # streams broke there since it was asked: for a moment, another may still be first
     rule = request.rule
-    if rule is Winner.FIRST_TOKEN:
-        return min(runners, key=_first_token)
+    if rule is _FIRST_TOKEN:
+        return runners[0] if len(runners) == 1 else min(runners, key=_first_token)
     alone = request.stream and len(request.live_attempts) == 1
-    if rule is Winner.MOST_TOKENS and (window_over or alone):
+    if rule is _MOST_TOKENS and (window_over or alone):
         return min(runners, key=_fewest_tokens_last)
     return runners[0] if alone else None
 
 
 def _has_better(request: Request) -> bool:
-    return any(a.server.reliability is not Reliability.UNRELIABLE for a in request.live_attempts)
+    return any(a.server.reliability is not _UNRELIABLE for a in request.live_attempts)
 
 
 def _first_token(attempt: Attempt) -> tuple[int, int]:

@@ -18,6 +18,12 @@ LOAD_UNKNOWN_NS = 10 * SECOND_NS
 SERVICE_UNKNOWN_NS = 5 * SECOND_NS
 """Time a slot is taken by one request, assumed before one was seen."""
 
+# Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
+_CONNECTING = AttemptState.CONNECTING
+_QUEUED = RequestState.QUEUED
+_HEALTHY = ServerState.HEALTHY
+_FIRST_FINISH = Winner.FIRST_FINISH
+
 _SMOOTHING = 0.3
 _MEDIAN_OF = 5
 _RECENT = 100
@@ -183,7 +189,7 @@ class Server:
     @property
     def is_alive(self) -> bool:
         """Healthy: may be chosen."""
-        return self.state is ServerState.HEALTHY
+        return self.state is _HEALTHY
 
     def has(self, model: str) -> bool:
         """Tell whether the model (canonical name) is on this server's disk, as far as is known."""
@@ -229,12 +235,11 @@ class Attempt:
         self.request = request
         self.server = server
         self.kind = kind
-        self.state = AttemptState.CONNECTING
-        self.target: ServerModel | None = server.model(request.model) if request.model and request.generates else None
-        self.cold = self.target is not None and not self.target.is_warm(request.runner_key)
-        self.loader = (
-            self.cold and self.target is not None and self.target.loading == 0
-        )  # the one that makes Ollama load
+        self.state = _CONNECTING
+        target = server.model(request.model) if request.model and request.generates else None
+        self.target = target
+        self.cold = target is not None and not target.is_warm(request.runner_key)
+        self.loader = self.cold and target is not None and target.loading == 0  # the one that makes Ollama load
         self.detached = False  # lost its race, but goes on until the model is loaded
         self.answered = False  # failed, but with a whole answer that could be passed on
         self.failure: Failure | None = None
@@ -300,6 +305,7 @@ class Request:
         "last_answered",
         "live_attempts",
         "model",
+        "raced",
         "route",
         "rule",
         "runner_key",
@@ -315,14 +321,15 @@ class Request:
         self.kind = event.kind
         self.stream = event.stream
         # an answer that is not streamed has no first token to go by
-        self.rule = route.winner if event.stream else Winner.FIRST_FINISH
+        self.rule = route.winner if event.stream else _FIRST_FINISH
         self.generates = event.generates
         self.runner_key = event.runner_key
         self.route = route
-        self.state = RequestState.QUEUED
+        self.state = _QUEUED
         self.arrived_ns = now_ns
         self.attempts: list[Attempt] = []
         self.live_attempts: list[Attempt] = []  # those that may still answer it; kept by the ledger
+        self.raced = False  # a racer or a hedge was started
         self.committed: Attempt | None = None
         self.failures: list[Failure] = []
         self.suspects: list[tuple[Server, Failure]] = []  # 5xx, blamed once another server answers well

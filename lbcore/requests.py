@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from lbcore import race
 from lbcore.commands import AbortRequest, AttemptKind, Command, Decision, PassAnswer, RejectRequest
@@ -17,6 +18,16 @@ from lbcore.records import Request, Server
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.states import RequestInput, RequestState, ServerState
 from lbcore.timers import TimerKind, Timers
+
+# Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
+_GENERATE, _UNLOAD = RequestKind.GENERATE, RequestKind.UNLOAD
+_PRIMARY, _RACER = AttemptKind.PRIMARY, AttemptKind.RACER
+_STARTED = Decision.STARTED
+_RACING = RequestState.RACING
+_HEDGE_TIMER = TimerKind.HEDGE
+
+_NAMES_MAX = 1024
+_canonical = lru_cache(_NAMES_MAX)(canonical_model)  # clients name few models, and each again and again
 
 SYNC_FRESH_NS = SECOND_NS
 """A model nobody is known to have is asked for anew unless the servers were read this recently."""
@@ -37,14 +48,14 @@ class Requests:
         self._placement = placement
         self._timers = timers
         self._out = out
-        self._stuck: dict[int, Request] = {}  # wait only for servers in doubt, and nobody else could be asked
+        self.stuck: dict[int, Request] = {}  # wait only for servers in doubt, and nobody else could be asked
 
     def on_arrived(self, event: RequestArrived, now_ns: int) -> None:
         """Start a request, let it wait, or refuse it."""
         if event.request_id in self._ledger.requests:
             self._ledger.late_events += 1
             return
-        model = canonical_model(event.model) if event.model else None
+        model = _canonical(event.model) if event.model else None
         request = Request(event, model, self._config.route(event.route), now_ns)
         self._ledger.requests[request.id] = request
         self._placement.race_budget.earn()
@@ -54,7 +65,7 @@ class Requests:
     def _try_start(self, request: Request, now_ns: int) -> bool:
         """Start a request, or refuse it; False when it must wait."""
         request.awaits_sync = False
-        if request.kind is RequestKind.UNLOAD and self._start_unload(request, now_ns):
+        if request.kind is _UNLOAD and self._start_unload(request, now_ns):
             return True
         holders = self._fleet.pool(request.model)
         if holders.servers:
@@ -75,18 +86,18 @@ class Requests:
             last_resort = self._placement.last_resort(request, dead, now_ns)
             if last_resort is None:
                 return False
-            self._ledger.start(request, last_resort, AttemptKind.PRIMARY, now_ns)
+            self._ledger.start(request, last_resort, _PRIMARY, now_ns)
             self._ledger.record(
-                Decision.STARTED, request, "no live server has it: a dead one is tried", names=(last_resort.name,)
+                _STARTED, request, "no live server has it: a dead one is tried", names=(last_resort.name,)
             )
-            self._stuck[request.id] = request
+            self.stuck[request.id] = request
         elif request.model is not None and alive:
             asked = self._placement.anyone(request)
             if asked is None:
                 return False
-            self._ledger.start(request, asked, AttemptKind.PRIMARY, now_ns)
+            self._ledger.start(request, asked, _PRIMARY, now_ns)
             why = "nobody is known to have it: one is asked, and says so in the words of this path"
-            self._ledger.record(Decision.STARTED, request, why, names=(asked.name,))
+            self._ledger.record(_STARTED, request, why, names=(asked.name,))
         else:
             self._reject(
                 request,
@@ -142,27 +153,27 @@ class Requests:
 
     def _start_racing(self, request: Request, candidates: Sequence[Server], now_ns: int) -> None:
         chosen = self._placement.first(request, candidates, now_ns)
-        self._ledger.start(request, chosen[0], AttemptKind.PRIMARY, now_ns)
-        for server in chosen[1:]:
-            self._ledger.start(request, server, AttemptKind.RACER, now_ns)
-        self._ledger.record(
-            Decision.STARTED, request, request.route.strategy, names=tuple([server.name for server in chosen])
-        )
-        if request.route.hedges_max > 0 and request.kind is RequestKind.GENERATE:
-            request.hedges_left = request.route.hedges_max
+        route = request.route
+        kind = _PRIMARY
+        for server in chosen:
+            self._ledger.start(request, server, kind, now_ns)
+            kind = _RACER
+        self._ledger.record(_STARTED, request, route.strategy, names=tuple([server.name for server in chosen]))
+        if route.hedges_max > 0 and request.kind is _GENERATE:
+            request.hedges_left = route.hedges_max
             stats = self._fleet.stats.get(request.model or "")
             request.hedge_delay_ns = race.hedge_delay_ns(stats, self._config.race, stream=request.stream)
-            self._timers.arm(TimerKind.HEDGE, request.id, now_ns + request.hedge_delay_ns)
+            self._timers.arm(_HEDGE_TIMER, request.id, now_ns + request.hedge_delay_ns)
 
     def _start_unload(self, request: Request, now_ns: int) -> bool:
         """Send an unload to every server that has the model loaded; False when none has."""
         model = request.model or ""
         loaded = [s for s in self._fleet if s.is_alive and model in s.models and s.models[model].loaded]
         for server in loaded:
-            self._ledger.start(request, server, AttemptKind.PRIMARY, now_ns)
+            self._ledger.start(request, server, _PRIMARY, now_ns)
         if loaded:
             self._ledger.record(
-                Decision.STARTED, request, "unload wherever it is loaded", names=tuple(s.name for s in loaded)
+                _STARTED, request, "unload wherever it is loaded", names=tuple(s.name for s in loaded)
             )
         return bool(loaded)
 
@@ -172,12 +183,12 @@ class Requests:
         if request is None or request.state is not RequestState.RACING or request.hedges_left <= 0:
             return
         if any(attempt.first_token_ns is not None for attempt in request.live_attempts):
-            self._timers.arm(TimerKind.HEDGE, request.id, now_ns + max(request.hedge_delay_ns, MS_NS))
+            self._timers.arm(_HEDGE_TIMER, request.id, now_ns + max(request.hedge_delay_ns, MS_NS))
             return  # there is an answer to wait for, as long as it does not fail
         if self._hedge(request, f"no answer within {request.hedge_delay_ns // MS_NS} ms", now_ns):
             request.hedges_left -= 1
         if request.hedges_left:
-            self._timers.arm(TimerKind.HEDGE, request.id, now_ns + max(request.hedge_delay_ns, MS_NS))
+            self._timers.arm(_HEDGE_TIMER, request.id, now_ns + max(request.hedge_delay_ns, MS_NS))
 
     def _hedge(self, request: Request, why: str, now_ns: int) -> bool:
         server = self._placement.hedge(request, now_ns)
@@ -224,24 +235,24 @@ class Requests:
     def rescue(self, request: Request, why: str, now_ns: int) -> None:
         """Ask another server for a request that waits only for servers in doubt: now, or as soon as there is one."""
         if not self._is_stuck(request) or self._hedge(request, why, now_ns):
-            self._stuck.pop(request.id, None)
+            self.stuck.pop(request.id, None)
         else:
-            self._stuck[request.id] = request
+            self.stuck[request.id] = request
 
     def replace(self, request: Request, now_ns: int) -> None:
         """One of several attempts has failed: ask another server in its place, where one is idle."""
         self.rescue(request, "what is left is in doubt", now_ns)
-        waits = request.state is RequestState.RACING and request.kind is RequestKind.GENERATE
+        waits = request.state is _RACING and request.kind is _GENERATE
         if waits and len(request.live_attempts) < request.route.racers_max and not self._is_stuck(request):
             self._hedge(request, str(request.failures[-1]), now_ns)
 
     def _is_stuck(self, request: Request) -> bool:
-        waits = request.state is RequestState.RACING and request.kind is RequestKind.GENERATE
+        waits = request.state is _RACING and request.kind is _GENERATE
         return waits and all(is_in_doubt(attempt.server) for attempt in request.live_attempts)
 
     def rescue_stuck(self, now_ns: int) -> None:
         """Offer what has changed, a server or its room, to the requests that wait only for servers in doubt."""
-        for request in list(self._stuck.values()):
+        for request in list(self.stuck.values()):
             self.rescue(request, "every server asked is in doubt", now_ns)
 
     def _reject(self, request: Request, status: int, message: str, now_ns: int, *, retry_after: int = 0) -> None:
