@@ -132,6 +132,8 @@ def route_settings(strategy: Strategy, race: RaceSettings) -> RouteSettings:
 
 _DEFAULT_HOST = "registry.ollama.ai/"
 _DEFAULT_NAMESPACE = "library/"
+MODEL_CHARS_MAX = 350 + 1 + 80 + 1 + 80 + 1 + 80
+"""Host, namespace, model and tag of the longest name that Ollama accepts (its types/model/name.go)."""
 
 
 @lru_cache(maxsize=1024)
@@ -174,8 +176,10 @@ def runner_key(options: Mapping[str, Any] | None) -> str:
 
 
 _ZERO_DURATION = re.compile(
-    r"[+-]?(?:0|(?:(?:0+\.?0*|\.0+)(?:ns|us|µs|μs|ms|s|m|h))+)"
-)  # as Go's ParseDuration reads it
+    r"[+-]?(?:0|(?:(?:0++(?:\.0*+)?|\.0++)(?:ns|us|µs|μs|ms|s|m|h))++)"
+)  # as Go's ParseDuration reads it, and like it without looking at anything twice
+KEEP_ALIVE_CHARS_MAX = 64
+"""A longer text is not taken for a duration."""
 
 
 def keep_alive_is_zero(value: object) -> bool:
@@ -184,7 +188,9 @@ def keep_alive_is_zero(value: object) -> bool:
         return False
     if isinstance(value, int | float):
         return value == 0
-    return isinstance(value, str) and _ZERO_DURATION.fullmatch(value) is not None
+    if not isinstance(value, str) or len(value) > KEEP_ALIVE_CHARS_MAX:
+        return False
+    return _ZERO_DURATION.fullmatch(value) is not None
 
 
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})

@@ -1,4 +1,8 @@
-"""What a request body says that decides where it goes, read without decoding the rest of it."""
+"""What a request body says that decides where it goes, read without decoding the rest of it.
+
+Bodies come from anybody and may be large, so time and memory are bounded by one pass over the text: nothing is built of
+what does not matter, nor of what does while it is longer than a server would take.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +11,41 @@ from typing import Any
 
 import msgspec
 
-from lbcore.ollama import BodyFacts, RequestKind, Route, request_kind, runner_key
+from lbcore.ollama import (
+    KEEP_ALIVE_CHARS_MAX,
+    MODEL_CHARS_MAX,
+    RUNNER_OPTIONS,
+    BodyFacts,
+    RequestKind,
+    Route,
+    request_kind,
+    runner_key,
+)
+
+_MISSING = msgspec.Raw()
+_Options = msgspec.defstruct("_Options", [(name, msgspec.Raw, _MISSING) for name in RUNNER_OPTIONS])
 
 
 class _Fields(msgspec.Struct):
-    """The members that matter; msgspec skips the others (prompts, images) without building objects of them."""
+    """The members that matter, undecoded; msgspec skips the others without building objects of them."""
 
-    model: str | None = None
-    name: str | None = None  # what older clients call `model`
-    source: str | None = None  # /api/copy
+    model: msgspec.Raw = _MISSING
+    name: msgspec.Raw = _MISSING  # what older clients call `model`
+    source: msgspec.Raw = _MISSING  # /api/copy
     stream: bool | None = None
-    keep_alive: str | float | None = None
-    options: dict[str, Any] | None = None
-    messages: msgspec.Raw = msgspec.Raw()
-    prompt: msgspec.Raw = msgspec.Raw()
+    keep_alive: msgspec.Raw = _MISSING
+    options: _Options | None = None  # type: ignore[valid-type]
+    messages: msgspec.Raw = _MISSING
+    prompt: msgspec.Raw = _MISSING
 
 
 _decode = msgspec.json.Decoder(_Fields).decode
+_decode_name = msgspec.json.Decoder(str | None).decode
+_decode_keep_alive = msgspec.json.Decoder(str | float | None).decode
 _EMPTY_BYTES_MAX = 16  # longer JSON is taken for not empty, unread
+_OPTION_BYTES_MAX = 32  # the longest number or word that a runner option can be
+_NAME_BYTES_MAX = 12 * MODEL_CHARS_MAX  # each character written as two escapes
+_LENIENT_BYTES_MAX = 256 << 10  # larger bodies are decoded strictly: objects take many times the memory of their text
 _MEMBERS = tuple(_Fields.__struct_fields__)
 
 
@@ -33,47 +54,73 @@ def read_facts(route: Route, method: str, body: bytes) -> BodyFacts:
     kind = request_kind(route, method, empty=False, keep_alive=None)
     if body.lstrip()[:1] != b"{":
         return BodyFacts(kind=kind)
-    fields = _fields(body)
-    if fields is None:
+    try:
+        fields = _fields(body)
+        model = _name(fields)
+        keep_alive = _short(fields.keep_alive, KEEP_ALIVE_CHARS_MAX, _decode_keep_alive)
+        key = _runner_key(fields.options)
+        empty = _is_empty(fields.messages) and _is_empty(fields.prompt)
+    except (ValueError, RecursionError):  # of which msgspec's errors and bad UTF-8 are some
         return BodyFacts(kind=kind)
-    model = fields.model or fields.name or fields.source
-    empty = _is_empty(fields.messages) and _is_empty(fields.prompt)
-    kind = request_kind(route, method, empty=empty and bool(model), keep_alive=fields.keep_alive)
+    kind = request_kind(route, method, empty=empty and model is not None, keep_alive=keep_alive)
     answers_at_once = kind in {RequestKind.LOAD, RequestKind.UNLOAD}
     stream = route.streams_by_default if fields.stream is None else fields.stream
-    return BodyFacts(
-        model=model or None,
-        runner_key=runner_key(fields.options),
-        stream=stream and route.generates and not answers_at_once,
-        kind=kind,
-    )
+    return BodyFacts(model=model, runner_key=key, stream=stream and route.generates and not answers_at_once, kind=kind)
 
 
-def _fields(body: bytes) -> _Fields | None:
+def _fields(body: bytes) -> _Fields:
+    """Find the members that matter. Raises ValueError or RecursionError for what cannot be read."""
     try:
         fields = _decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        fields = None
-    if fields is not None and (fields.model or fields.name or fields.source):
-        return fields
+        if len(body) > _LENIENT_BYTES_MAX:
+            return _decode(_without_surrogates(body))
+    else:
+        if fields.model or fields.name or fields.source or len(body) > _LENIENT_BYTES_MAX:
+            return fields
     return _lenient_fields(body)
 
 
-def _lenient_fields(body: bytes) -> _Fields | None:
+def _without_surrogates(body: bytes) -> bytes:
+    """Replace what is cut out of an emoji, as JavaScript does to texts, by other characters of the same length.
+
+    Go does not mind it, msgspec does; what the texts say does not matter here.
+    """
+    return body.replace(b"\\ud", b"\\u0").replace(b"\\uD", b"\\u0")
+
+
+def _lenient_fields(body: bytes) -> _Fields:
     """Read a body as Go does: names in any case, and nothing after the first value matters."""
-    try:
-        decoded, _ = json.JSONDecoder().raw_decode(body.decode().lstrip())
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(decoded, dict):
-        return None
+    decoded, _ = json.JSONDecoder().raw_decode(body.decode().lstrip())
     known = {key.lower(): value for key, value in decoded.items() if key.lower() in _MEMBERS and value is not None}
     for name in ("messages", "prompt"):
-        known[name] = msgspec.Raw(b"1" if known.get(name) else b"null")  # all that matters is whether it is empty
-    try:
-        return msgspec.convert(known, _Fields)
-    except msgspec.ValidationError:
-        return None  # a wrong type: for an Ollama to refuse
+        known[name] = 1 if known.get(name) else None  # all that matters is whether it is empty
+    return _decode(msgspec.json.encode(known))
+
+
+def _short(raw: msgspec.Raw, bytes_max: int, decode: Any) -> Any:
+    """Return the value of a member; None when it is missing, or longer than any that means something."""
+    text = memoryview(raw)
+    return decode(text) if 0 < len(text) <= bytes_max else None
+
+
+def _name(fields: _Fields) -> str | None:
+    """Return the model's name; one that is too long for a server is none."""
+    for raw in (fields.model, fields.name, fields.source):
+        name: str | None = _short(raw, _NAME_BYTES_MAX, _decode_name)
+        if name:
+            return name if len(name) <= MODEL_CHARS_MAX else None
+        if name is None and len(memoryview(raw)) > _NAME_BYTES_MAX:
+            return None
+    return None
+
+
+def _runner_key(options: Any) -> str:
+    if options is None:
+        return ""
+    return runner_key(
+        {name: _short(getattr(options, name), _OPTION_BYTES_MAX, msgspec.json.decode) for name in RUNNER_OPTIONS}
+    )
 
 
 def _is_empty(raw: msgspec.Raw) -> bool:

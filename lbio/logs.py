@@ -17,6 +17,7 @@ from lbio.late_writer import LateWriter
 from lbio.settings import LogFormat, LogSettings
 
 _log = logging.getLogger("ollama_lb")
+_WORD_CHARS_MAX = 200  # paths and names of models come from clients
 
 
 def set_up(settings: LogSettings) -> None:
@@ -127,7 +128,8 @@ _LEVELS: Mapping[Decision, int] = {
 def _fields(decision: RecordDecision, request: ClientRequest | None) -> dict[str, Any]:
     fields: dict[str, Any] = {"decision": decision.decision}
     if request is not None:
-        fields |= {"request": request.tag, "path": request.head.path, "model": request.facts.model}
+        model = request.facts.model
+        fields |= {"request": request.tag, "path": _shortened(request.head.path), "model": model and _shortened(model)}
     named = {"server": decision.server, "why": decision.why, "before": decision.before, "after": decision.after}
     fields |= {name: value for name, value in named.items() if value}
     if decision.took_ns:
@@ -137,12 +139,16 @@ def _fields(decision: RecordDecision, request: ClientRequest | None) -> dict[str
     return fields
 
 
+def _shortened(word: str) -> str:
+    return word if len(word) <= _WORD_CHARS_MAX else f"{word[:_WORD_CHARS_MAX]}…"
+
+
 def in_words(decision: RecordDecision, request: ClientRequest | None) -> str:
     """Return one decision as a line: `#17 /api/chat llama3.2 gpu1 won after 53 ms (first-token)`."""
     text = decision_words(decision)
     if request is None:
         return text
-    what = f"{request.head.path} {request.facts.model or ''}".rstrip()
+    what = f"{_shortened(request.head.path)} {_shortened(request.facts.model or '')}".rstrip()
     return f"#{request.tag} {what} {text}" if decision.decision in _OPENING else f"#{request.tag} {text}"
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import anyio
 import msgspec
 
 from lbcore.events import ActiveModel, Event, ModelInfo, ModelsSynced, ProbeCompleted, Reason
-from lbcore.ollama import Ending
+from lbcore.ollama import MODEL_CHARS_MAX, Ending
 from lbio.http1 import HttpError, IncompleteBody, serialize_request
 from lbio.upstream import Answer, ConnectError, Connection, Endpoint, read_response_head
 
@@ -39,7 +39,7 @@ class _Models(msgspec.Struct):
 
 
 class _Entry(msgspec.Struct):
-    name: str
+    name: Annotated[str, msgspec.Meta(max_length=MODEL_CHARS_MAX)]
     digest: str = ""
     modified_at: str = ""
 

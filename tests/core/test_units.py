@@ -237,7 +237,7 @@ def test_only_runner_options_make_a_runner() -> None:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        *((zero, True) for zero in (0, 0.0, "0", "0s", "0h0m0.0s", "-0s")),
+        *((zero, True) for zero in (0, 0.0, "0", "0s", "0h0m0.0s", "-0s", "00.s.0m0ms")),
         *((other, False) for other in (-1, "5m", "", "s", None, False, "10s", "0x")),
     ],
 )

@@ -1,13 +1,15 @@
 """What is read of a request's body decides where it goes; an Ollama decides whether the body is good."""
 
 import json
+import time
+import tracemalloc
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbcore.ollama import BodyFacts, RequestKind, find_route, runner_key
+from lbcore.ollama import MODEL_CHARS_MAX, BodyFacts, RequestKind, find_route, runner_key
 from lbio.bodies import read_facts
 
 CHAT, GENERATE = find_route("/api/chat"), find_route("/api/generate")
@@ -131,3 +133,49 @@ def test_the_same_as_json_loads(body: dict[str, Any], ascii_only: bool, indent: 
 def test_no_body_is_too_strange(body: bytes) -> None:
     read_facts(CHAT, "POST", body)
     read_facts(GENERATE, "POST", b"{" + body)
+
+
+# --- bodies that are meant to hurt ---------------------------------------------------------------------------
+
+MANY = b"[" + b"{}," * 350_000 + b"{}]"  # 1 MiB that would be 25 MiB of objects
+
+
+def test_a_long_keep_alive_is_read_in_linear_time() -> None:
+    body = b'{"model":"m","keep_alive":"' + b"0" * 30_000 + b'x"}'
+    began = time.perf_counter()
+    assert facts(body).kind is LOAD
+    assert time.perf_counter() - began < 0.5
+
+
+@pytest.mark.parametrize("name", ["x" * (MODEL_CHARS_MAX + 1), "x" * 100_000, "\U0001f600" * (MODEL_CHARS_MAX + 1)])
+@pytest.mark.parametrize("key", ["model", "Model", "name"])
+def test_a_name_longer_than_any_server_takes_is_none(name: str, key: str) -> None:
+    assert facts({key: name}).model is None
+    assert facts({key: name[: MODEL_CHARS_MAX // 2]}).model is not None
+
+
+def test_a_name_too_long_is_not_replaced_by_another() -> None:
+    assert facts({"model": "x" * 100_000, "name": "m"}).model is None
+
+
+def test_a_long_option_is_not_kept() -> None:
+    assert facts({"model": "m", "options": {"num_ctx": "9" * 1000, "num_gpu": 1}}).runner_key == '{"num_gpu":1}'
+
+
+@pytest.mark.parametrize("body", [
+    b'{"x":' + MANY + b"}", b'{"model":"m","options":{"a":' + MANY + b"}}", b'{"model":' + MANY + b"}",
+    b'{"model":"m","options":{"num_ctx":' + MANY + b"}}", b'{"model":"m","keep_alive":' + MANY + b"}",
+    b'{"model":"m"}' + MANY, b'{"model":"' + b"x" * len(MANY) + b'"}', b'{"model":"m","options":' + MANY + b"}",
+])  # fmt: skip
+def test_no_body_becomes_many_objects(body: bytes) -> None:
+    tracemalloc.start()
+    try:
+        facts(body)
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(body)
+    finally:
+        tracemalloc.stop()
+
+
+def test_half_an_emoji_does_not_hide_the_model_of_a_large_body() -> None:
+    found = facts({"model": "m", "messages": [{"content": "\ud83d", "images": ["A" * 1_000_000]}]})
+    assert (found.model, found.kind) == ("m", GEN)
