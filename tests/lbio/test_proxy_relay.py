@@ -260,3 +260,13 @@ async def test_an_expectation_with_the_body_at_once_does_no_harm() -> None:
     async with balanced(specs("a")) as rig:
         got = await rig.exchange([raw])
     assert got.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+async def test_a_pull_is_relayed_line_by_line_and_the_model_is_known_after_it() -> None:
+    async with balanced(specs("a", load_ms=40)) as rig:
+        answer = await rig.ask("POST", "/api/pull", {"model": "new"})
+        assert answer.lines[0] == {"status": "pulling manifest"}
+        assert answer.lines[-1] == {"status": "success"}
+        await until(lambda: "new:latest" in rig.server("a").models)
+        names = [model["name"] for model in json.loads((await rig.ask("GET", "/api/tags")).body)["models"]]
+    assert "new:latest" in names
