@@ -19,7 +19,7 @@ from lbcore.events import (
     StreamEnded,
 )
 from lbcore.ollama import PASS_THROUGH, RequestKind
-from lbio.exchange import Exchange
+from lbio.exchange import ClientRequest, Exchange
 from lbio.http1 import HttpError, IncompleteBody, ResponseHead
 from lbio.upstream import Answer, ConnectError, Connection, Endpoint, read_response_head
 
@@ -115,7 +115,7 @@ class AttemptRun:
             return
         connection = self._connection = self.endpoint.pooled()
         if connection is not None:
-            self._unsent = self._wire()
+            self._unsent = self._wire(self.exchange.request)
             self._unsent[0] = self._unsent[0][connection.send_nowait(self._unsent[0]) :]
 
     def choose(self, *, passed_on: bool) -> None:
@@ -206,6 +206,7 @@ class AttemptRun:
 
         A pooled connection may have died while it was idle: then the request is sent once more on a fresh one.
         """
+        request = self.exchange.request  # kept: the exchange lets go of the body once its client has been served
         pooled = self._connection
         if pooled is not None:
             self._tell(AttemptConnected(self.attempt_id))
@@ -222,13 +223,12 @@ class AttemptRun:
             self.endpoint.drop_idle()
         self._connection = None
         self._connection = fresh = await self.endpoint.dial()
-        self._unsent = self._wire()
+        self._unsent = self._wire(request)
         if pooled is None:
             self._tell(AttemptConnected(self.attempt_id))
         return await self._ask(fresh)
 
-    def _wire(self) -> list[bytes]:
-        request = self.exchange.request
+    def _wire(self, request: ClientRequest) -> list[bytes]:
         head, body = request.head_for(self.endpoint.authority), request.body
         return [head + body] if len(body) <= _JOIN_BYTES_MAX else [head, body]
 

@@ -26,15 +26,35 @@ class ClientGone(Exception):  # noqa: N818  it is an outcome as much as an error
     """The client closed the connection, or has not read for so long that it counts as gone."""
 
 
+class BodyBudget:
+    """What all connections together hold of request bodies, counted as they come."""
+
+    __slots__ = ("bytes_max", "held")
+
+    def __init__(self, bytes_max: int) -> None:
+        self.bytes_max = bytes_max
+        self.held = 0
+
+    def __repr__(self) -> str:
+        return f"<BodyBudget {self.held} of {self.bytes_max} bytes>"
+
+    def check(self, n_bytes: int) -> None:
+        """Raise HttpError 503 when there is no room for `n_bytes` more."""
+        if self.held + n_bytes > self.bytes_max:
+            raise HttpError(503, "the request bodies held at present leave no room (limits.bodies_bytes_max)")
+
+
 class ClientStream:
     """One client's connection."""
 
-    __slots__ = ("_limits", "_settings", "_stream", "_write_timeout_s", "peer", "reader", "writing")
+    __slots__ = ("_bodies", "_held", "_limits", "_settings", "_stream", "_write_timeout_s", "peer", "reader", "writing")
 
-    def __init__(self, stream: ByteStream, settings: ClientSettings, limits: LimitSettings) -> None:
+    def __init__(self, stream: ByteStream, settings: ClientSettings, limits: LimitSettings, bodies: BodyBudget) -> None:
         self._stream = stream
         self._settings = settings
         self._limits = limits
+        self._bodies = bodies
+        self._held = 0
         self._write_timeout_s = settings.write_timeout_ns / SECOND_NS
         self.reader = Reader(stream)
         self.writing = False  # inside a write: if that is cut short, nothing can follow it
@@ -68,32 +88,47 @@ class ClientStream:
         return bool(self.reader.buffered)
 
     async def read_body(self, head: RequestHead) -> bytes:
-        """Return the whole body of a request.
+        """Return the whole body of a request; it counts as held until `let_go`.
 
-        Raises HttpError: 408 when it stalls, 413 above the limit; ClientGone when the client leaves inside it.
+        Raises HttpError: 408 when it stalls, 413 above the limit, 503 when all bodies together are above theirs;
+        ClientGone when the client leaves inside it.
         """
         limit = self._limits.body_bytes_max
         too_large = HttpError(413, f"the request body is larger than limits.body_bytes_max ({limit} bytes)")
         if head.content_length > limit:
             raise too_large
+        self._bodies.check(head.content_length)
         if head.expect_continue and not self.reader.buffered:
             await self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         buffered = self.reader.buffered
         if head.framing is Framing.LENGTH and len(buffered) >= head.content_length:
             whole = bytes(memoryview(buffered)[: head.content_length])
             del buffered[: head.content_length]
+            self._hold(len(whole))
             return whole
         body = bytearray()
         pieces = self.reader.body_chunks(head)
         try:
             while True:
-                body += await self._in_time(pieces.__anext__, self._settings.body_timeout_ns, "the request body")
-                if len(body) > limit:
+                piece = await self._in_time(pieces.__anext__, self._settings.body_timeout_ns, "the request body")
+                if len(body) + len(piece) > limit:
                     raise too_large
+                self._hold(len(piece))
+                body += piece
         except StopAsyncIteration:
             return bytes(body)
         except IncompleteBody as error:
             raise ClientGone(str(error)) from error
+
+    def _hold(self, n_bytes: int) -> None:
+        self._bodies.check(n_bytes)
+        self._bodies.held += n_bytes
+        self._held += n_bytes
+
+    def let_go(self) -> None:
+        """Give back the room that the last body took, whole or not."""
+        self._bodies.held -= self._held
+        self._held = 0
 
     async def _in_time(self, read: Callable[[], Awaitable[_T]], limit_ns: int, what: str) -> _T:
         limit_s = limit_ns / SECOND_NS

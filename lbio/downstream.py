@@ -17,7 +17,7 @@ from lbcore.schema import SECOND_NS
 from lbio.admin import Admin
 from lbio.attempt import AttemptRun
 from lbio.bodies import read_facts
-from lbio.client import ClientGone, ClientStream
+from lbio.client import BodyBudget, ClientGone, ClientStream
 from lbio.driver import Driver
 from lbio.exchange import ClientRequest, Exchange, head_parts
 from lbio.headers import upstream_headers
@@ -36,7 +36,7 @@ class Front:
         self.driver = driver
         self.admin = Admin(driver)
         self.draining = False
-        self.body_bytes = 0  # bodies held by all connections together
+        self.bodies = BodyBudget(driver.app.limits.bodies_bytes_max)
         self._boot = secrets.token_hex(2)
         self._ids: Iterator[int] = itertools.count(1)
         self.connections: dict[int, ClientConnection] = {}
@@ -76,7 +76,7 @@ class ClientConnection:
 
     def __init__(self, stream: ByteStream, front: Front) -> None:
         app = front.driver.app
-        self._client = ClientStream(stream, app.client, app.limits)
+        self._client = ClientStream(stream, app.client, app.limits, front.bodies)
         self._front = front
         self._driver = front.driver
         self.is_idle = True
@@ -105,33 +105,23 @@ class ClientConnection:
         """Read and answer one request; return whether another may follow."""
         head: RequestHead | None = None
         try:
-            raw = await self._client.read_head()
-            if raw is None:
+            try:
+                raw = await self._client.read_head()
+                if raw is None:
+                    return False
+                self.is_idle = False
+                head = parse_request_head(raw)
+                body = await self._client.read_body(head) if head.framing is not Framing.NONE else b""
+            except HttpError as error:
+                self.is_idle = False
+                shape = shape_of(head.path) if head is not None else Shape.NATIVE
+                retry_after_s = 1 if error.status == 503 else 0
+                answer = error_answer(shape, error.status, error.message, retry_after_s=retry_after_s)
+                await self._respond(answer, None, close=True)
                 return False
-            self.is_idle = False
-            head = parse_request_head(raw)
-            body = await self._read_body(head)
-        except HttpError as error:
-            self.is_idle = False
-            shape = shape_of(head.path) if head is not None else Shape.NATIVE
-            await self._respond(error_answer(shape, error.status, error.message), None, close=True)
-            return False
-        try:
             return await self._answer(head, body)
         finally:
-            self._front.body_bytes -= len(body)
-
-    async def _read_body(self, head: RequestHead) -> bytes:
-        if head.framing is Framing.NONE:
-            return b""
-        limit = self._driver.app.limits.bodies_bytes_max
-        if self._front.body_bytes + head.content_length > limit:
-            raise HttpError(503, "the request bodies held at present leave no room (limits.bodies_bytes_max)")
-        body = await self._client.read_body(head)
-        if self._front.body_bytes + len(body) > limit:
-            raise HttpError(503, "the request bodies held at present leave no room (limits.bodies_bytes_max)")
-        self._front.body_bytes += len(body)
-        return body
+            self._client.let_go()
 
     async def _answer(self, head: RequestHead, body: bytes) -> bool:
         path = head.path

@@ -137,7 +137,7 @@ class Driver:
         if exchange.chosen is not None:
             exchange.chosen.retire()
             self._forget_if_over(exchange.chosen)
-        exchange.runs.clear()
+        exchange.close()
         if not self._exchanges:
             self._all_answered.set()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -88,6 +88,13 @@ class Exchange:
         """Give the client an error of our own."""
         self.rejected = command
         self.decided.set()
+
+    def close(self) -> None:
+        """Let go of all that is large: cancelled tasks refer to an exchange until the next search for cycles."""
+        self.runs.clear()
+        self.chosen = self.relay = self.on_chosen = None
+        if self.request.body:
+            self.request = replace(self.request, body=b"")
 
     def abort(self, why: str) -> None:
         """End the committed stream as broken."""

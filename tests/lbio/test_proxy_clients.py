@@ -202,7 +202,7 @@ async def test_bodies_are_bounded_together_too() -> None:
             await until(lambda: rig.n_requests == 1)
             assert (await rig.chat(content="x" * 300)).status == 503
             await first.rest()
-        assert rig.service.front.body_bytes == 0
+        assert rig.service.front.bodies.held == 0
         assert (await rig.chat(content="x" * 300)).status == 200
 
 

@@ -1,13 +1,21 @@
 """Clients and servers that send a great deal: nobody else is to notice."""
 
+import gc
 import logging
+import tracemalloc
 
 import pytest
 
-from tests.lbio.kit import balanced, specs
+from tests.lbio.kit import balanced, client, scripted, specs
+from tests.lbio.sockets_kit import until
 from tests.simulator.wire import request
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 async def test_names_that_clients_make_up_are_shortened_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -20,3 +28,33 @@ async def test_names_that_clients_make_up_are_shortened_in_the_log(caplog: pytes
     assert any("/api/ppp" in text for text in told)
     assert any("mmm" in text for text in told)
     assert max(map(len, told)) < 1000
+
+
+async def test_bodies_count_as_they_come() -> None:
+    async with scripted(limits={"body_bytes_max": "8KiB", "bodies_bytes_max": "8KiB"}) as (rig, _):
+        async with client(rig) as one, client(rig) as other:
+            for unfinished in (one, other):
+                await unfinished.send(b"POST /api/chat HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+                await unfinished.send(b"1400\r\n" + b"a" * 0x1400 + b"\r\n")
+            assert b"HTTP/1.1 503 " in await other.until(b"\r\n\r\n")
+            assert rig.service.front.bodies.held <= 8192
+            refused = await rig.ask("POST", "/api/chat", b"a" * 6000)
+            assert (refused.status, refused.header("Retry-After")) == (503, "1")
+        await until(lambda: rig.service.front.bodies.held == 0)
+
+
+async def test_a_body_is_let_go_of_as_soon_as_it_is_answered() -> None:
+    async with scripted(2) as (rig, servers):
+        await rig.chat()
+        gc.collect()
+        gc.disable()  # cycles that refer to it would keep it until the next search for them
+        tracemalloc.start()
+        try:
+            for _ in range(4):
+                await rig.chat(content="a" * 1_000_000)
+                for server in servers:
+                    server.bodies.clear()
+            await until(lambda: tracemalloc.get_traced_memory()[0] < 1_000_000)
+        finally:
+            tracemalloc.stop()
+            gc.enable()
