@@ -64,7 +64,7 @@ class Placement:
         if len(extra) < n_max and budget.credits >= 1.0 and self._is_little_used(request.model):
             for i in range(n_min, len(ordered)):
                 server = ordered[i]
-                if server not in extra and _is_trusted_and_ready(server, request, now_ns) and budget.spend():
+                if _is_trusted_and_ready(server, request, now_ns) and server not in extra and budget.spend():
                     extra.append(server)
                     if len(extra) >= n_max or budget.credits < 1.0:
                         break

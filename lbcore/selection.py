@@ -9,9 +9,7 @@ one that is far slower, must load the model first or has a queue is asked when t
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections.abc import Sequence
-from itertools import accumulate
 from random import Random
 from typing import overload
 
@@ -22,6 +20,7 @@ from lbcore.states import Reliability
 _LAST_RANKS = 1000  # behind all others, in the same order among themselves
 _WEIGHT_MIN = 1e-6  # of a server that has never been alive
 _RELIABLE = Reliability.RELIABLE  # bound once: a look-up in the enum's class costs more than what it is used for
+_SECOND_CHANCE = Reliability.SECOND_CHANCE
 _BY_HEALTH = Policy.HEALTH
 
 
@@ -60,8 +59,7 @@ def is_passed_over(server: Server, now_ns: int) -> bool:
     """Tell whether others go first, since streams broke here: until its time has come, and while its chance runs."""
     if server.reliability is _RELIABLE:
         return False
-    running = server.reliability is Reliability.SECOND_CHANCE and server.in_flight > 0
-    return running or now_ns < server.trusted_from_ns
+    return now_ns < server.trusted_from_ns or (server.reliability is _SECOND_CHANCE and server.in_flight > 0)
 
 
 def faded_ns(record: ServerModel, best_ns: float, now_ns: int, forget_ns: int) -> float:
@@ -125,23 +123,27 @@ class Drawn(Sequence[Server]):
     def __getitem__(self, index: slice) -> list[Server]: ...
     def __getitem__(self, index: int | slice) -> Server | list[Server]:
         drawn = self._drawn
-        wanted = index + 1 if isinstance(index, int) and index >= 0 else len(self._candidates)
-        while len(drawn) < wanted and len(drawn) < len(self._candidates):
+        n = len(self._candidates)
+        last = n - 1 if isinstance(index, slice) or index < 0 or index >= n else index
+        while len(drawn) <= last:
             drawn.append(self._draw())
         return drawn[index]
 
     def _draw(self) -> Server:
         group, weights = self._group, self._weights
         if not group:
-            self._rank = rank = min([rank for rank in self._ranks if rank > self._rank])
-            pairs = zip(self._candidates, self._ranks, strict=True)
-            self._group = group = [server for server, its_rank in pairs if its_rank == rank]
-            weights = [(server.health or _WEIGHT_MIN) / (1 + server.in_flight) for server in group]
-            self._weights = weights
+            ranks = self._ranks
+            self._rank = rank = min([rank for rank in ranks if rank > self._rank])
+            self._group = group = [self._candidates[i] for i, its_rank in enumerate(ranks) if its_rank == rank]
+            self._weights = weights = [(s.health or _WEIGHT_MIN) / (1 + s.in_flight) for s in group]
         if len(group) == 1:
             return group.pop()
-        sums = list(accumulate(weights))
-        i = bisect(sums, self._rng.random() * sums[-1], 0, len(sums) - 1)
+        left = self._rng.random() * sum(weights)
+        i = 0
+        for i, weight in enumerate(weights):  # noqa: B007, the index at the break is what is sought
+            left -= weight
+            if left < 0.0:
+                break
         del weights[i]
         return group.pop(i)
 
@@ -170,9 +172,9 @@ def _ranks_by_time(candidates: Sequence[Server], request: Request, config: Confi
     best_ns = min(known) or min(filter(None, known), default=TTFT_UNKNOWN_NS)
     twice_ns = 2 * best_ns
     expected: list[float] = []
-    for server, record in zip(candidates, records, strict=True):
-        first_token_ns: float = record.known_ns or best_ns
-        if first_token_ns >= twice_ns:  # below, the rank is the same whatever has faded
+    for server, record, known_ns in zip(candidates, records, known, strict=True):
+        first_token_ns: float = known_ns or best_ns
+        if known_ns >= twice_ns:  # below, the rank is the same whatever has faded
             first_token_ns = faded_ns(record, best_ns, now_ns, settings.forget_ns)
         if (
             record.in_flight >= server.slots
