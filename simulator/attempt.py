@@ -167,6 +167,10 @@ class AttemptRun:
         failed = AttemptFailed(self.attempt_id, reason, status, detail, answered=answered)
         self._to_balancer(now_ns, self._failure_arrives, failed)
 
+    def on_lost(self, now_ns: int) -> None:
+        """It is gone, and nobody will ever be told."""
+        self._off_server(now_ns)
+
     def _off_server(self, now_ns: int) -> None:
         """Note what it has cost, as long as the server knows of it."""
         if not self._on_server:

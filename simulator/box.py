@@ -6,7 +6,6 @@ answered, breaks as the faults have it, or leaves.
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Protocol
 
@@ -42,6 +41,9 @@ class Visitor(Protocol):
 
     def on_failed(self, now_ns: int, reason: Reason, status: int, detail: str, *, answered: bool) -> None:
         """It is answered with an error, or its connection has ended."""
+
+    def on_lost(self, now_ns: int) -> None:
+        """It is gone, and nobody will ever be told."""
 
 
 def job_of(visitor_id: int, ask: Ask, model: FakeModel, keep_alive_ns: int) -> Job:
@@ -177,10 +179,13 @@ class Box:
     def _die(self, now_ns: int) -> None:
         """Lose everything that was under way and in memory; without power, nobody is told."""
         self.idle_connections = 0
-        for attempt_id, visitor in list(self._visitors.items()):
-            self._forget(attempt_id, now_ns)
-            if not self._silent:
+        for visitor in list(self._visitors.values()):
+            if self._silent:
+                visitor.on_lost(now_ns)
+            else:
                 visitor.on_failed(now_ns, Reason.RESET, 0, "", answered=False)
+        self._visitors.clear()
+        self._hung.clear()
         self.fake = FakeOllama(self.spec, now_ns)
         self._load_began_ns.clear()
 
@@ -254,8 +259,8 @@ class Box:
     def _drop(self, attempt_id: int, at_ns: int, reason: Reason, status: int, detail: str) -> None:
         visitor = self._visitors.get(attempt_id)
         if visitor is not None:
-            self._forget(attempt_id, at_ns)
             visitor.on_failed(at_ns, reason, status, detail, answered=True)
+            self._forget(attempt_id, at_ns)
 
     def _on_token(self, token: Token) -> None:
         visitor = self._visitors.get(token.job_id)
@@ -308,7 +313,7 @@ class Box:
         model = self.fake.find(ask.model)
         if model is None or not self._will_serve(now_ns):
             return None
-        fake: FakeOllama = copy.deepcopy(self.fake, {id(self.spec): self.spec})
+        fake = self.fake.twin()
         job = job_of(-1, ask, model, self._keep_alive_ns)
         first_ns = None
         notices = fake.submit(job, now_ns)
