@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from email.utils import formatdate
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import ByteStream
 
 from lbcore.config import Strategy
@@ -97,6 +98,8 @@ class ClientConnection:
         try:
             while await self._serve_one() and not self._front.draining:
                 self.is_idle = True
+                if self._client.reader.buffered:  # the next request is here already, but the others come first
+                    await anyio.lowlevel.checkpoint()
             await self._client.finish()
         except (ClientGone, anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream):
             pass

@@ -1,12 +1,17 @@
 """Clients and servers that send a great deal: nobody else is to notice."""
 
+import contextlib
 import gc
 import logging
+import socket
+import threading
 import tracemalloc
+from collections.abc import Iterator
 
+import anyio
 import pytest
 
-from tests.lbio.kit import balanced, client, scripted, specs
+from tests.lbio.kit import Rig, balanced, client, scripted, specs
 from tests.lbio.sockets_kit import until
 from tests.simulator.wire import request
 
@@ -58,3 +63,49 @@ async def test_a_body_is_let_go_of_as_soon_as_it_is_answered() -> None:
         finally:
             tracemalloc.stop()
             gc.enable()
+
+
+@contextlib.contextmanager
+def flooding(rig: Rig, first: bytes, again: bytes) -> Iterator[None]:
+    """A client that sends as fast as it can, and reads all answers, in threads of its own."""
+    sock = socket.create_connection(rig.service.addresses[0])
+
+    def send() -> None:
+        with contextlib.suppress(OSError):
+            sock.sendall(first)
+            while True:
+                sock.sendall(again)
+
+    def receive() -> None:
+        with contextlib.suppress(OSError):
+            while sock.recv(1 << 20):
+                pass
+
+    threads = [threading.Thread(target=send), threading.Thread(target=receive)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join()
+        sock.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        (b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 2000),
+        (b"POST /api/chat HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n" * 10_000),
+    ],
+    ids=["pipelined", "tiny chunks"],
+)
+async def test_a_client_at_full_speed_does_not_hold_up_the_others(first: bytes, again: bytes) -> None:
+    async with balanced(specs("a")) as rig:
+        with flooding(rig, first, again):
+            await anyio.sleep(0.2)
+            for _ in range(3):
+                with anyio.fail_after(0.5):
+                    assert (await rig.ask("GET", "/")).status == 200

@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -103,27 +104,45 @@ async def test_a_cancelled_send_sends_nothing_twice() -> None:
 
 async def test_a_peer_that_is_always_ready_does_not_hold_the_loop() -> None:
     with pair() as (left, right):
-        turns = 0
+        longest_s = 0.0
+        left.send_nowait(b"x" * 100)
 
-        async def count() -> None:
-            nonlocal turns
+        async def wait() -> None:
+            nonlocal longest_s
             while True:
-                turns += 1
+                began_s = time.monotonic()
                 await anyio.lowlevel.checkpoint()
+                longest_s = max(longest_s, time.monotonic() - began_s)
 
-        left.send_nowait(b"x" * 320)
         async with anyio.create_task_group() as group:
-            group.start_soon(count)
-            for _ in range(320):
-                await right.receive(1)
-            assert turns >= 15
+            group.start_soon(wait)
+            for _ in range(100):
+                assert await right.receive(1)
+                time.sleep(0.001)  # noqa: ASYNC251  work on what was received
             group.cancel_scope.cancel()
-        left.send_nowait(b"x" * 320)
+        assert longest_s < 0.05  # and not the whole time
+
+
+async def test_a_cancelled_task_whose_peer_is_always_ready_ends() -> None:
+    with pair() as (left, right):
+        left.send_nowait(b"x" * 100)
         with anyio.CancelScope() as scope:
             scope.cancel()
-            for _ in range(320):
+            for _ in range(100):
                 await right.receive(1)
+                time.sleep(0.001)  # noqa: ASYNC251
         assert scope.cancelled_caught
+
+
+async def test_what_is_there_is_not_received_without_waiting_for_ever() -> None:
+    with pair() as (left, right):
+        left.send_nowait(b"x" * 100)
+        received = 0
+        while right.receive_nowait(1):
+            received += 1
+            time.sleep(0.001)  # noqa: ASYNC251
+        assert 0 < received < 50
+        assert await right.receive(100) == b"x" * (100 - received)
 
 
 @pytest.mark.parametrize("action", ["close", "abort", "aclose"])
