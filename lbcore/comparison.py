@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lbcore import events
+from lbcore.loglines import COMMAND_OF, EVENT_CODES, EVENT_OF, fields_of
 from lbcore.schema import SECOND_NS
-from lbcore.trace import COMMAND_OF, EVENT_CODES, EVENT_OF, Replay, Step, fields_of
+from lbcore.trace import Replay, Step
 
 _CONTEXT = 5
 

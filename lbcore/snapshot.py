@@ -15,6 +15,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
+from operator import attrgetter
 from random import Random
 from types import MappingProxyType
 from typing import Any
@@ -38,9 +39,7 @@ _VALUES: tuple[type, ...] = (
     config.QueueSettings,
     config.RaceSettings,
     config.RetrySettings,
-    config.RouteSettings,
     config.SelectionSettings,
-    config.ServerSettings,
     config.TimeoutSettings,
     events.ActiveModel,
     events.ModelInfo,
@@ -50,6 +49,8 @@ _VALUES: tuple[type, ...] = (
 """Frozen: one that is referred to twice may be written twice."""
 
 _SHARED: tuple[type, ...] = (
+    config.RouteSettings,
+    config.ServerSettings,
     AdmissionQueue,
     RaceBudget,
     RetryBudget,
@@ -60,7 +61,7 @@ _SHARED: tuple[type, ...] = (
     records.Server,
     records.ServerModel,
 )
-"""Changed in place: written once, whoever refers to it."""
+"""Changed in place, or the same for many: written once, whoever refers to it."""
 
 _ENUMS: tuple[type[Enum], ...] = (
     commands.AttemptKind,
@@ -151,56 +152,72 @@ class _Encoder:
         self.classes: dict[str, list[str]] = {}
         self._numbers: dict[object, int] = {}
         self._stats: list[records.ModelStats] = []  # equal ones are not the same one
+        self._kinds: dict[type, Callable[[Any], Any]] = {
+            list: self._items,
+            tuple: lambda value: {"t": self._items(value)},
+            dict: self._dict,
+            MappingProxyType: self._dict,
+            deque: lambda value: {"q": [value.maxlen, self._items(value)]},
+            Random: lambda value: {"random": self.encode(value.getstate())},
+        }
 
     def encode(self, value: Any) -> Any:
         """Return a value as JSON can write it."""
         kind = type(value)
         if kind in _PLAIN:
             return value
-        encode = self.encode
-        if kind is list:
-            return [encode(item) for item in value]
-        if kind is tuple:
-            return {"t": [encode(item) for item in value]}
-        if kind is dict or kind is MappingProxyType:
-            return {"d": [[encode(key), encode(item)] for key, item in value.items()]}
-        if kind is deque:
-            return {"q": [value.maxlen, [encode(item) for item in value]]}
-        if kind is Random:
-            return {"random": encode(value.getstate())}
+        known = self._kinds.get(kind)
+        if known is None:
+            known = self._kinds[kind] = self._meet(kind)
+        return known(value)
+
+    def _items(self, values: Iterable[Any]) -> list[Any]:
+        encode, plain = self.encode, _PLAIN
+        return [value if type(value) in plain else encode(value) for value in values]
+
+    def _dict(self, value: Mapping[Any, Any]) -> dict[str, Any]:
+        return {"d": [self._items(pair) for pair in value.items()]}
+
+    def _meet(self, kind: type) -> Callable[[Any], Any]:
+        """Return what writes the instances of a class that was not met before."""
         name = kind.__name__
         if CLASSES.get(name) is not kind:
             raise SnapshotError(f"a {kind.__module__}.{name} in the state of the core is not known to snapshots")
-        if isinstance(value, Enum):
-            return {"e": [name, value.name]}
+        if issubclass(kind, Enum):
+            return {member: {"e": [name, member.name]} for member in kind}.__getitem__
+        names = self.classes[name] = list(fields_of(kind))
+        get = attrgetter(*names)  # of two or more: one alone would come without a tuple
+        if len(names) < 2:
+            raise SnapshotError(f"{name} holds less than two values")
         if kind in _VALUES:
-            value = _REDACTED[kind](value) if kind in _REDACTED else value
-            return {"v": [name, self._fields(value, kind)]}
-        number, is_new = self._number(value)
-        return {"n": [name, number, self._fields(value, kind)]} if is_new else {"r": number}
+            redacted = _REDACTED.get(kind, _as_it_is)
+            return lambda value: {"v": [name, self._items(get(redacted(value)))]}
+        if kind is records.Server:
+            return lambda value: self._shared(value, name, lambda server: _without_words(get(server), names))
+        return lambda value: self._shared(value, name, get)
 
-    def _number(self, value: Any) -> tuple[int, bool]:
+    def _shared(self, value: Any, name: str, get: Callable[[Any], tuple[Any, ...]]) -> Any:
         key = value
         if isinstance(value, records.ModelStats):
-            found = [i for i, known in enumerate(self._stats) if known is value]
-            if not found:
+            index = next((i for i, known in enumerate(self._stats) if known is value), len(self._stats))
+            if index == len(self._stats):
                 self._stats.append(value)
-            key = ("stats", found[0] if found else len(self._stats) - 1)
+            key = ("stats", index)
         number = self._numbers.get(key)
         if number is not None:
-            return number, False
+            return {"r": number}
         number = self._numbers[key] = len(self._numbers)
-        return number, True
+        return {"n": [name, number, self._items(get(value))]}
 
-    def _fields(self, value: Any, kind: type) -> list[Any]:
-        names = self.classes.get(kind.__name__)
-        if names is None:
-            names = self.classes[kind.__name__] = list(fields_of(kind))
-        fields = [self.encode(getattr(value, name)) for name in names]
-        if kind is records.Server:
-            index = names.index("last_error")
-            fields[index] = cut_text(fields[index])
-        return fields
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _without_words(values: tuple[Any, ...], names: list[str]) -> tuple[Any, ...]:
+    index = names.index("last_error")
+    words = values[index]
+    return (*values[:index], cut_text(words) if isinstance(words, str) else words, *values[index + 1 :])
 
 
 # --- reading -----------------------------------------------------------------------------------------------

@@ -19,67 +19,27 @@ Never a prompt or an answer: what servers said is cut (`lbcore.redaction`), of t
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from operator import attrgetter
 from random import Random
 from typing import Any
 
-from lbcore import __version__, commands, events, snapshot
+from lbcore import __version__, events, snapshot
 from lbcore.balancer import LoadBalancer
-from lbcore.commands import AbortRequest, Command, RecordDecision, RejectRequest
-from lbcore.config import Config, ServerSettings
+from lbcore.commands import Command
+from lbcore.config import Config
 from lbcore.errors import CoreError
-from lbcore.events import ActiveModel, Event, ModelInfo, Reason
-from lbcore.ollama import RequestKind
+from lbcore.events import Event
+from lbcore.loglines import EVENT_CODES, Chunks, Lines, Raised, dumps
 from lbcore.placement import Placement
 from lbcore.records import Request
-from lbcore.redaction import cut_detail, cut_text
 
 FORMAT = 1
 """Of the log; raised when an older reader could not understand it."""
 
 MARK = "ollama-lb-log"
 """The key of the format in the header, by which a log is known."""
-
-_dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
-
-EVENT_CODES: Mapping[type, str] = {
-    events.RequestArrived: "arrived",
-    events.DownstreamClosed: "closed",
-    events.AttemptConnected: "connected",
-    events.HeadReceived: "head",
-    events.FirstTokenReceived: "token",
-    events.BufferFilled: "full",
-    events.StreamEnded: "ended",
-    events.AttemptFailed: "failed",
-    events.ProbeCompleted: "probed",
-    events.ModelsSynced: "synced",
-    events.ServerAdded: "server",
-    events.ServerRemovalRequested: "remove",
-    events.SyncRequested: "sync",
-    events.DrainDeadlinePassed: "drain",
-}
-COMMAND_CODES: Mapping[type, str] = {
-    commands.StartAttempt: "start",
-    commands.CancelAttempt: "cancel",
-    commands.CommitAttempt: "commit",
-    commands.PassAnswer: "pass",
-    commands.RejectRequest: "reject",
-    commands.AbortRequest: "abort",
-    commands.StartProbe: "probe",
-    commands.CancelProbe: "unprobe",
-    commands.ForgetServer: "forget",
-    commands.RecordDecision: "decision",
-}
-EVENT_OF = {code: cls for cls, code in EVENT_CODES.items()}
-COMMAND_OF = {code: cls for cls, code in COMMAND_CODES.items()}
-
-Chunks = list[list[Any]]
-Raised = str
-"""The name of the exception that came of a call, in the place of its commands."""
 
 
 class LogError(CoreError):
@@ -89,97 +49,6 @@ class LogError(CoreError):
         super().__init__(line, message)
         self.line = line
         self.message = message
-
-
-# --- one line ----------------------------------------------------------------------------------------------
-
-
-def fields_of(cls: type) -> tuple[str, ...]:
-    """Return the names of the fields of an event or command, in the order of a line."""
-    return tuple(cls._fields) if hasattr(cls, "_fields") else tuple(f.name for f in dataclasses.fields(cls))
-
-
-def _getter(cls: type) -> Callable[[Any], tuple[Any, ...]]:
-    names = fields_of(cls)
-    if not names:
-        return lambda _: ()
-    one = attrgetter(*names)
-    return one if len(names) > 1 else lambda thing: (one(thing),)
-
-
-_EVENT_FIELDS = {cls: (code, _getter(cls)) for cls, code in EVENT_CODES.items()}
-_COMMAND_FIELDS = {cls: (code, _getter(cls)) for cls, code in COMMAND_CODES.items() if cls is not RecordDecision}
-
-
-def written(command: Command) -> tuple[Any, ...]:
-    """Return a command as a line has it, without the words of servers."""
-    if isinstance(command, RecordDecision):
-        why = command.why
-        return ("decision", *(command if ": " not in why else command._replace(why=cut_text(why))))
-    if isinstance(command, RejectRequest | AbortRequest):
-        command = dataclasses.replace(command, message=cut_text(command.message))
-    code, get = _COMMAND_FIELDS[type(command)]
-    return (code, *get(command))
-
-
-class _Lines:
-    """Writes calls as lines and reads them; both depend on the lines before."""
-
-    def __init__(self, now_ns: int) -> None:
-        self._now_ns = now_ns
-        self._listings: dict[int, tuple[list[str], list[str]]] = {}  # what each server was last seen to have
-
-    def line(self, event: Event | None, outcome: list[Command] | Raised, now_ns: int, chunks: Chunks) -> str:
-        """Return the line of a call."""
-        delta_ns, self._now_ns = now_ns - self._now_ns, now_ns
-        came = outcome if isinstance(outcome, str) else [written(command) for command in outcome]
-        told = None if event is None else self._event(event)
-        parts = (delta_ns, told, came, [[*chunk[:3], now_ns - chunk[3], chunk[4]] for chunk in chunks])
-        return _dumps(parts if chunks else parts[:3]) + "\n"
-
-    def _event(self, event: Event) -> tuple[Any, ...]:
-        if isinstance(event, events.ModelsSynced):
-            listing = [model.name for model in event.available], [model.name for model in event.active]
-            known = self._listings.get(event.server_id) == listing
-            self._listings[event.server_id] = listing
-            return ("synced", event.server_id, event.probe_id, *(() if known else listing))
-        if isinstance(event, events.ServerAdded):
-            return ("server", dataclasses.asdict(event.settings))
-        if isinstance(event, events.AttemptFailed | events.ProbeCompleted):
-            event = dataclasses.replace(event, detail=cut_detail(event.reason, event.detail))
-        code, get = _EVENT_FIELDS[type(event)]
-        return (code, *get(event))
-
-    def read(self, line: str) -> tuple[Event | None, Any, int, Chunks]:
-        """Return what a line says: the event, what came of it, the time, the chunks before it."""
-        delta_ns, told, came, *rest = json.loads(line)
-        self._now_ns = now_ns = self._now_ns + delta_ns
-        chunks = [
-            [attempt_id, n_bytes, n_tokens, now_ns - ago, paused]
-            for attempt_id, n_bytes, n_tokens, ago, paused in (rest[0] if rest else ())
-        ]
-        return None if told is None else self._read_event(*told), came, now_ns, chunks
-
-    def _read_event(self, code: str, *fields: Any) -> Event:
-        cls: Any = EVENT_OF[code]
-        if cls is events.ModelsSynced:
-            server_id, probe_id, *listing = fields
-            available, active = listing or self._listings[server_id]
-            self._listings[server_id] = available, active
-            return events.ModelsSynced(
-                server_id,
-                probe_id,
-                tuple([ModelInfo(name, "", "", "") for name in available]),
-                tuple([ActiveModel(name, "") for name in active]),
-            )
-        if cls is events.ServerAdded:
-            return events.ServerAdded(ServerSettings(**fields[0]))
-        event: Event = cls(*fields)
-        if isinstance(event, events.RequestArrived):
-            return dataclasses.replace(event, kind=RequestKind(event.kind))
-        if isinstance(event, events.AttemptFailed | events.ProbeCompleted) and event.reason is not None:
-            return dataclasses.replace(event, reason=Reason(event.reason))
-        return event
 
 
 # --- recording ---------------------------------------------------------------------------------------------
@@ -211,7 +80,7 @@ class Recorder(LoadBalancer):
         self._started = started
         self._now_ns = 0
         self._pending: dict[int, list[Any]] = {}  # attempt: bytes, tokens, time of the last, paused
-        self._lines = _Lines(0)
+        self._lines = Lines(0)
         self.begin()
 
     def begin(self) -> None:
@@ -225,9 +94,9 @@ class Recorder(LoadBalancer):
             "now_ns": self._now_ns,
         }
         self._pending.clear()  # the state has them
-        self._lines = _Lines(self._now_ns)
-        self._write(_dumps(header) + "\n")
-        self._write(_dumps(state) + "\n")
+        self._lines = Lines(self._now_ns)
+        self._write(dumps(header) + "\n")
+        self._write(dumps(state) + "\n")
 
     def handle(self, event: Event, now_ns: int) -> list[Command]:
         """As `LoadBalancer.handle`."""
@@ -380,7 +249,7 @@ class Replay:
             ) from None
 
     def __iter__(self) -> Iterator[Step]:
-        reading, writing = _Lines(self._now_ns), _Lines(self._now_ns)
+        reading, writing = Lines(self._now_ns), Lines(self._now_ns)
         for number, line in self._numbered:
             try:
                 event, _, now_ns, chunks = reading.read(line)

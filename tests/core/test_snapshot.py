@@ -20,15 +20,16 @@ from lbcore.balancer import LoadBalancer
 from lbcore.commands import Command
 from lbcore.config import Config
 from lbcore.events import Event, Reason
+from lbcore.loglines import as_array
 from lbcore.snapshot import SnapshotError, fields_of, load, take
-from lbcore.trace import written
 from tests.core import test_machine
 from tests.core.test_determinism import digest_of_a_run
 from tests.playbook import arrival, fleet, many
 
-ABOVE = {"lbcore.trace", "lbcore.comparison", "lbcore.explain", "lbcore.invariants"}  # they use a balancer
+# They use a balancer.
+ABOVE = {"lbcore.loglines", "lbcore.trace", "lbcore.comparison", "lbcore.explain", "lbcore.invariants"}
 STATELESS = {
-    "Setting", "Field", "Route", "Ending", "BodyFacts", "Problem",  # what is known before anything happens
+    "Setting", "Field", "Route", "Ending", "BodyFacts", "Problem", "RouteTable",  # what is known before anything happens
     "Holders", "Drawn",  # made anew when they are needed
 }  # fmt: skip
 
@@ -58,13 +59,13 @@ class Twins(LoadBalancer):
 
     def handle(self, event: Event, now_ns: int) -> list[Command]:
         got = super().handle(event, now_ns)
-        assert [*map(written, self._twin.handle(event, now_ns))] == [*map(written, got)]
+        assert [*map(as_array, self._twin.handle(event, now_ns))] == [*map(as_array, got)]
         self._load()
         return got
 
     def handle_timeout(self, now_ns: int) -> list[Command]:
         got = super().handle_timeout(now_ns)
-        assert [*map(written, self._twin.handle_timeout(now_ns))] == [*map(written, got)]
+        assert [*map(as_array, self._twin.handle_timeout(now_ns))] == [*map(as_array, got)]
         self._load()
         return got
 

@@ -12,12 +12,23 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from lbcore import events, snapshot
 from lbcore.balancer import LoadBalancer
-from lbcore.commands import Command, CommitAttempt
+from lbcore.commands import (
+    AttemptKind,
+    CancelAttempt,
+    Command,
+    CommitAttempt,
+    Decision,
+    RecordDecision,
+    RejectRequest,
+    StartAttempt,
+)
 from lbcore.comparison import compare
 from lbcore.config import Config
 from lbcore.errors import UnknownEventError
 from lbcore.events import Event, Reason
-from lbcore.trace import COMMAND_CODES, EVENT_CODES, LogError, Recorder, Replay
+from lbcore.loglines import COMMAND_CODES, EVENT_CODES, Lines, as_array, dumps, fields_of
+from lbcore.ollama import RequestKind
+from lbcore.trace import LogError, Recorder, Replay
 from tests.core import test_machine
 from tests.core.test_determinism import digest_of_a_run
 from tests.playbook import Playbook, arrival, fleet, many
@@ -156,6 +167,29 @@ def test_every_event_and_command_has_a_code() -> None:
     assert set(COMMAND_CODES) == set(get_args(Command))
 
 
+def test_the_writers_for_what_comes_often_give_what_the_others_would() -> None:
+    often: list[Event] = [
+        events.RequestArrived(7, "/api/ch\u00e4t", None, RequestKind.LOAD, stream=True, runner_key='{"num_ctx":1}'),
+        events.RequestArrived(7, "/", 'quo"ted\n', generates=True),
+        events.AttemptConnected(1),
+        events.HeadReceived(2, 200),
+        events.FirstTokenReceived(3),
+        events.StreamEnded(4),
+    ]
+    for event in often:
+        fields = [getattr(event, name) for name in fields_of(type(event))]
+        assert Lines(0).line(event, [], 5, []) == dumps([5, [EVENT_CODES[type(event)], *fields], []]) + "\n"
+    commands: list[Command] = [
+        StartAttempt(1, 2, 3, AttemptKind.HEDGE),
+        CancelAttempt(4, Reason.LOST_RACE),
+        CommitAttempt(5, 6),
+        RecordDecision(Decision.STARTED, 1, "a", 'server error: "x"', "1.0", "2.0", 17, ("a", "b\u00fc")),
+        RecordDecision(Decision.QUEUED),
+        RejectRequest(1, 502, "no: server error 500: x", 3),
+    ]
+    assert Lines(0).line(None, commands, 5, []) == dumps([5, None, [*map(as_array, commands)]]) + "\n"
+
+
 def test_lines_are_as_documented() -> None:
     header, _, *calls = [json.loads(line) for line in a_story()]
     assert header["ollama-lb-log"] == 1
@@ -206,10 +240,10 @@ def test_a_server_that_is_added_is_written_whole() -> None:
 
 def test_a_defect_of_the_core_is_replayed_too() -> None:
     book, lines = recorded_fleet("a")
-    bad = events.RequestArrived(1, "/api/chat", 17)  # type: ignore[arg-type]
-    with pytest.raises(AttributeError):
+    bad = events.AttemptConnected([1])  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
         book.balancer.handle(bad, 0)
-    assert json.loads(lines[-1])[2] == "AttributeError"
+    assert json.loads(lines[-1])[1:] == [["connected", [1]], "TypeError"]
     assert compare(lines).difference is None
 
 
