@@ -33,6 +33,7 @@ from lbio.exchange import ClientRequest, Exchange
 from lbio.logs import Log
 from lbio.prober import Probe
 from lbio.settings import AppConfig
+from lbio.streams import Connect, connect
 from lbio.tls import client_context
 from lbio.totals import Totals
 from lbio.upstream import Endpoint
@@ -42,13 +43,20 @@ class Driver:
     """Carries out what the core commands, and owns the tasks that it takes."""
 
     def __init__(
-        self, balancer: LoadBalancer, app: AppConfig, tasks: TaskGroup, log: Log, clock: Callable[[], int]
+        self,
+        balancer: LoadBalancer,
+        app: AppConfig,
+        tasks: TaskGroup,
+        log: Log,
+        clock: Callable[[], int],
+        connect: Connect = connect,
     ) -> None:
         self.balancer = balancer
         self.app = app
         self.log = log
         self.clock = clock
         self.tasks = tasks
+        self._connect = connect
         self.totals = Totals(clock())
         self._exchanges: dict[int, Exchange] = {}
         self._runs: dict[int, AttemptRun] = {}
@@ -218,7 +226,7 @@ class Driver:
 
     def new_endpoint(self, settings: ServerSettings) -> Endpoint:
         """Return the connections to a server, none of them open yet. Raises OSError for an unusable ca_file."""
-        return Endpoint(settings.name, settings.url, client_context(settings), self.app.pool, self.clock)
+        return Endpoint(settings.name, settings.url, client_context(settings), self.app.pool, self.clock, self._connect)
 
     async def _dial_spare(self, endpoint: Endpoint) -> None:
         await endpoint.dial_spare(self.balancer.config.timeouts.connect_ns)

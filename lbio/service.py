@@ -31,7 +31,7 @@ from lbio.driver import Driver
 from lbio.record import RecordError, Recording
 from lbio.settings import AppConfig
 from lbio.status import align
-from lbio.streams import SocketListener
+from lbio.streams import TCP, Network
 
 _log = logging.getLogger("ollama_lb")
 _CUT_S = 0.5  # for error lines to be written once the drain deadline has passed
@@ -105,14 +105,16 @@ class Service:
 
 
 @contextlib.asynccontextmanager
-async def start(app: AppConfig, *, clock: Callable[[], int] = time.monotonic_ns) -> AsyncIterator[Service]:
-    """Start a load balancer, and drain it at the end.
+async def start(
+    app: AppConfig, *, clock: Callable[[], int] = time.monotonic_ns, network: Network = TCP
+) -> AsyncIterator[Service]:
+    """Start a load balancer, and drain it at the end. `clock` and the event loop's must run alike.
 
     Raises OSError when it cannot listen or a ca_file is unusable, RecordError when nothing can be recorded.
     """
     address = parse_listen(app.listen)
     try:
-        listener = await SocketListener.listen(address.host, address.port)
+        listener = await network.listen(address.host, address.port)
     except OSError as error:
         raise _cannot_listen(error, address) from None
     recording = Recording(app.record)
@@ -121,7 +123,7 @@ async def start(app: AppConfig, *, clock: Callable[[], int] = time.monotonic_ns)
         _log.debug("seed = %d", seed)
         balancer = recording.begin(LoadBalancer(app.core, random.Random(seed)), seed)  # noqa: S311
         async with anyio.create_task_group() as tasks:
-            driver = Driver(balancer, app, tasks, logs.Log(app.log), clock)
+            driver = Driver(balancer, app, tasks, logs.Log(app.log), clock, network.connect)
             for settings in app.core.servers:
                 driver.new_endpoint(settings)  # an unusable ca_file is found now
             front = Front(driver)

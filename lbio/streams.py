@@ -8,17 +8,30 @@ import os
 import socket
 import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 import anyio
 from anyio.abc import ByteStream
 from anyio.streams.tls import TLSStream
 
-from lbio.sockets import RECEIVE_BYTES, SocketStream, Watched
+from lbio.sockets import RECEIVE_BYTES, SocketStream, Stream, Watched
 
-__all__ = ["RECEIVE_BYTES", "SocketListener", "SocketStream", "close_now", "connect", "connect_tls"]
+__all__ = [
+    "RECEIVE_BYTES",
+    "TCP",
+    "Connect",
+    "Listener",
+    "Network",
+    "SocketListener",
+    "SocketStream",
+    "Stream",
+    "close_now",
+    "connect",
+    "connect_tls",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -289,3 +302,35 @@ def _bind(family: socket.AddressFamily, address: tuple[Any, ...], backlog: int, 
             sock.close()
         raise OSError(error.errno, f"cannot listen on {address[0]} port {address[1]}: {error.strerror}") from error
     return sock
+
+
+# --- where streams come from ----------------------------------------------------------------------------------------
+
+
+class Listener(Protocol):
+    """What accepts connections."""
+
+    @property
+    def addresses(self) -> Sequence[tuple[str, int]]:
+        """Where it listens."""
+
+    async def accept_forever(self, on_connection: Callable[[Stream], object]) -> None:
+        """Hand each new connection to `on_connection`, which owns it from then on, until `close`."""
+
+    def close(self) -> None:
+        """Stop accepting at once; connections that were handed over are not touched."""
+
+
+Connect = Callable[[str, int], Awaitable[Stream]]
+"""Connects to a host and a port. Raises OSError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Where plain streams come from: the system's sockets, or in tests memory."""
+
+    connect: Connect
+    listen: Callable[[str, int], Awaitable[Listener]]
+
+
+TCP = Network(connect, SocketListener.listen)

@@ -16,7 +16,7 @@ from lbcore.schema import SECOND_NS
 from lbio.addresses import parse_server_url
 from lbio.http1 import ChunkedDecoder, Framing, HttpError, IncompleteBody, Reader, ResponseHead, parse_response_head
 from lbio.settings import PoolSettings
-from lbio.streams import SocketStream, close_now, connect, connect_tls
+from lbio.streams import Connect, SocketStream, close_now, connect, connect_tls
 from lbio.watchers import Watcher
 
 _STREAM_TYPES = (b"application/x-ndjson", b"text/event-stream")
@@ -77,7 +77,13 @@ class Endpoint:
     """One server as the I/O layer knows it: where it is, and its idle connections."""
 
     def __init__(
-        self, name: str, url: str, tls: ssl.SSLContext | None, pool: PoolSettings, clock: Callable[[], int]
+        self,
+        name: str,
+        url: str,
+        tls: ssl.SSLContext | None,
+        pool: PoolSettings,
+        clock: Callable[[], int],
+        connect: Connect = connect,
     ) -> None:
         self.name = name
         self.url = parse_server_url(url)
@@ -85,6 +91,7 @@ class Endpoint:
         self._tls = tls if self.url.scheme == "https" else None
         self._pool = pool
         self._clock = clock
+        self._connect = connect
         self._idle: deque[Connection] = deque()
         self._n_dialling = 0  # spare ones
         self._closed = False
@@ -107,7 +114,7 @@ class Endpoint:
         host, port = self.url.address.host, self.url.address.port
         try:
             if self._tls is None:
-                return Connection(await connect(host, port))
+                return Connection(await self._connect(host, port))
             return Connection(await connect_tls(host, port, self._tls, host))
         except ConnectionRefusedError as error:
             raise ConnectError(Reason.CONNECT_REFUSED, "") from error

@@ -30,7 +30,7 @@ from lbio.http1 import (
     parse_request_head,
     serialize_response,
 )
-from lbio.streams import SocketListener, SocketStream
+from lbio.streams import TCP, Listener, Network, Stream
 from simulator.answers import http_date
 from simulator.api import Generation, HeaderPairs, Lines, Reply, Request, fault_reply, generates, handle
 from simulator.fake_ollama import FakeSpec
@@ -85,7 +85,7 @@ def _whole(reply: Reply, wall_ns: int, *, head_only: bool, close: bool) -> bytes
 class _Exchange:
     """One request on its connection; the `Sink` of its answer."""
 
-    stream: SocketStream
+    stream: Stream
     reader: Reader
     request: Request
     serial: int
@@ -214,20 +214,21 @@ async def _answer_now(exchange: _Exchange) -> None:
 class _Life:
     """What exists from one start to the next stop."""
 
-    listener: SocketListener
+    listener: Listener
     scope: anyio.CancelScope
     ended: anyio.Event
-    streams: set[SocketStream] = field(default_factory=set)
+    streams: set[Stream] = field(default_factory=set)
 
 
 class FakeServer:
     """One fake Ollama on a port. Made by `serve_fleet`, which owns it."""
 
-    def __init__(self, spec: FakeSpec, group: TaskGroup) -> None:
+    def __init__(self, spec: FakeSpec, group: TaskGroup, network: Network = TCP) -> None:
         self.spec = spec
         self.port = spec.port
         self.live = LiveFake(spec)
         self._group = group
+        self._network = network
         self._wanted = False
         self._life: _Life | None = None
         self._placeholder: socket.socket | None = None
@@ -264,7 +265,7 @@ class FakeServer:
         """Listen again, on the same port; a restarted server holds only `start_loaded` in memory."""
         self._wanted = True
         if not self.port and self.live.effect().down:  # down from the start, but its address must be known
-            listener = await SocketListener.listen(self.spec.host, 0)
+            listener = await self._network.listen(self.spec.host, 0)
             self.port = listener.addresses[0][1]
             listener.close()
             self._hold_port()
@@ -306,12 +307,12 @@ class FakeServer:
         self._life = _Life(listener, anyio.CancelScope(), anyio.Event())
         self._group.start_soon(self._run, self._life)
 
-    async def _listen(self) -> SocketListener:
+    async def _listen(self) -> Listener:
         """Listen; on a port that was ours before, with patience."""
         tries_left = 0 if self.port == self.spec.port else REBIND_TRIES
         while True:
             try:
-                listener = await SocketListener.listen(self.spec.host, self.port)
+                listener = await self._network.listen(self.spec.host, self.port)
             except OSError as error:
                 if error.errno != errno.EADDRINUSE or not tries_left:
                     raise
@@ -333,7 +334,7 @@ class FakeServer:
 
     def _hold_port(self) -> None:
         """Keep the port while down: the kernel may give a free one to any outgoing connection."""
-        if sys.platform != "linux":
+        if sys.platform != "linux" or self._network is not TCP:
             return
         holder = socket.socket(socket.AF_INET6 if ":" in self.spec.host else socket.AF_INET)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -356,7 +357,7 @@ class FakeServer:
                 async with anyio.create_task_group() as group:
                     group.start_soon(self.live.keep_time)
 
-                    def accept(stream: SocketStream) -> None:
+                    def accept(stream: Stream) -> None:
                         life.streams.add(stream)
                         group.start_soon(self._serve_connection, stream, life)
 
@@ -365,7 +366,7 @@ class FakeServer:
             life.listener.close()
             life.ended.set()
 
-    async def _serve_connection(self, stream: SocketStream, life: _Life) -> None:
+    async def _serve_connection(self, stream: Stream, life: _Life) -> None:
         self.stats.connections += 1
         self.stats.connections_total += 1
         reader = Reader(stream)
@@ -390,7 +391,7 @@ class FakeServer:
             life.streams.discard(stream)
             self.stats.connections -= 1
 
-    def _exchange(self, stream: SocketStream, reader: Reader, head: RequestHead, body: bytes) -> _Exchange:
+    def _exchange(self, stream: Stream, reader: Reader, head: RequestHead, body: bytes) -> _Exchange:
         self._serial += 1
         self.stats.requests[head.path] += 1
         origin = head.header(b"origin")
@@ -405,14 +406,14 @@ class FakeServer:
 
 
 @contextlib.asynccontextmanager
-async def serve_fleet(specs: Sequence[FakeSpec]) -> AsyncIterator[list[FakeServer]]:
+async def serve_fleet(specs: Sequence[FakeSpec], network: Network = TCP) -> AsyncIterator[list[FakeServer]]:
     """Run one server for each spec, each on its port (0: any free one), until the block is left.
 
     Faults of the specs count from here. Raises OSError when a port cannot be had.
     """
     failure: Exception | None = None
     async with anyio.create_task_group() as group:
-        fleet = [FakeServer(spec, group) for spec in specs]
+        fleet = [FakeServer(spec, group, network) for spec in specs]
         try:
             for server in fleet:
                 await server.start()
