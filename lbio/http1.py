@@ -71,6 +71,19 @@ def encode_chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data) if data else b""
 
 
+def _whole_chunks(data: bytes, at: int, payload: list[bytes]) -> int:
+    """Take the chunks from `at` on that have come whole; return where they end. (No step by step: there may be many.)"""
+    match, starts, take = _CHUNK_SIZE.match, data.startswith, payload.append
+    while at < len(data) and (size := match(data, at)) is not None:
+        begin = size.end()
+        end = begin + int(size[1], 16)
+        if end == begin or not starts(b"\r\n", end):
+            break
+        take(data[begin:end])
+        at = end + 2
+    return at
+
+
 class ChunkedDecoder:
     """Takes a chunked body apart as it comes, in linear time, holding at most one incomplete line."""
 
@@ -92,19 +105,19 @@ class ChunkedDecoder:
             self._pending = b""
         payload: list[bytes] = []
         at = 0
-        while True:
+        while at < len(data):
             if self.finished:
                 self.leftover += data[at:]
                 break
             if self._expect == "data":
                 piece = data[at : at + self._missing]
-                if not piece:
-                    break
                 payload.append(piece)
                 at += len(piece)
                 self._missing -= len(piece)
                 if not self._missing:
                     self._expect = "data-end"
+            elif self._expect == "size" and (whole := _whole_chunks(data, at, payload)) > at:
+                at = whole
             elif (after := self._line(data, at)) < 0:
                 self._pending = data[at:]
                 break

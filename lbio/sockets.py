@@ -9,16 +9,18 @@ import contextlib
 import socket
 import struct
 import sys
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from time import monotonic
 from typing import Any, Final
 
 import anyio
 import anyio.lowlevel
 from anyio.abc import ByteStream, SocketAttribute
 
-RECEIVE_BYTES: Final = 65536
-_STREAK_MAX: Final = 16  # calls that did not block before the other tasks get a turn
+RECEIVE_BYTES: Final = 16384
+"""What is received at once, and so worked on without a pause, however small the pieces are that it consists of."""
+
+_TURN_S: Final = 0.002  # a task whose calls do not block leaves the loop to the others after this long
 
 
 class Watched:
@@ -72,19 +74,7 @@ class Watched:
                 self.sock.shutdown(socket.SHUT_RDWR)
 
 
-class Stream(ByteStream):
-    """A byte stream whose connection can be ended without waiting: a socket's, or in tests one in memory."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Close at once, without waiting for anything; what was sent still arrives."""
-
-    @abstractmethod
-    def abort(self) -> None:
-        """Close with a reset: what is unsent is thrown away, and the peer sees an error instead of an end."""
-
-
-class SocketStream(Stream):
+class SocketStream(ByteStream):
     """A byte stream over one connected socket, which it owns.
 
     `receive` and `send` raise anyio's errors: EndOfStream, BrokenResourceError (reset and the like),
@@ -92,7 +82,7 @@ class SocketStream(Stream):
     byte. Cancelling `send` leaves a prefix sent; `bytes_sent` (ever) tells how much.
     """
 
-    __slots__ = ("_remote", "_sending", "_sock", "_streak", "_watched", "bytes_sent")
+    __slots__ = ("_remote", "_sending", "_sock", "_turn_ends_s", "_watched", "bytes_sent")
 
     def __init__(self, sock: socket.socket, remote_address: tuple[Any, ...] | None = None) -> None:
         sock.settimeout(0)
@@ -101,7 +91,7 @@ class SocketStream(Stream):
         self._sock = sock
         self._watched = Watched(sock)
         self._remote = remote_address  # kept, since a socket forgets its peer once it is reset
-        self._streak = 0
+        self._turn_ends_s = 0.0  # 0: no call has gone on without blocking
         self._sending = False
         self.bytes_sent = 0
 
@@ -111,7 +101,7 @@ class SocketStream(Stream):
 
     async def receive(self, max_bytes: int = RECEIVE_BYTES) -> bytes:
         """Return 1 to `max_bytes` bytes, as soon as there are any."""
-        if self._streak >= _STREAK_MAX:
+        if self._turn_ends_s and monotonic() > self._turn_ends_s:
             await self._yield()
         while True:
             if self._watched.closed:
@@ -119,23 +109,29 @@ class SocketStream(Stream):
             try:
                 data = self._sock.recv(max_bytes)
             except (BlockingIOError, InterruptedError):
-                self._streak = 0
+                self._turn_ends_s = 0.0
                 await self._watched.readable()
             except OSError as error:
                 raise anyio.BrokenResourceError(str(error)) from error
             else:
                 if not data:
                     raise anyio.EndOfStream
-                self._streak += 1
+                if not self._turn_ends_s:
+                    self._turn_ends_s = monotonic() + _TURN_S
                 return data
 
     def receive_nowait(self, max_bytes: int = RECEIVE_BYTES) -> bytes | None:
-        """Return what there is to receive, b"" at the end of the stream; None: nothing yet."""
+        """Return what there is to receive, b"" at the end of the stream; None: nothing yet, or it is others' turn."""
         if self._watched.closed:
             raise anyio.ClosedResourceError
+        if not self._turn_ends_s:
+            self._turn_ends_s = monotonic() + _TURN_S
+        elif monotonic() > self._turn_ends_s:
+            return None
         try:
             return self._sock.recv(max_bytes)
         except (BlockingIOError, InterruptedError):
+            self._turn_ends_s = 0.0
             return None
         except OSError as error:
             raise anyio.BrokenResourceError(str(error)) from error
@@ -150,13 +146,14 @@ class SocketStream(Stream):
         """Send all of `item`; waits while the peer is slow."""
         if self._sending:
             raise anyio.BusyResourceError("sending to")
-        if self._streak >= _STREAK_MAX:
+        if self._turn_ends_s and monotonic() > self._turn_ends_s:
             await self._yield()
         sent = self.send_nowait(item)
         if sent == len(item):
-            self._streak += 1
+            if not self._turn_ends_s:
+                self._turn_ends_s = monotonic() + _TURN_S
             return
-        self._streak = 0
+        self._turn_ends_s = 0.0
         self._sending = True
         try:
             with memoryview(item) as view:
@@ -186,7 +183,7 @@ class SocketStream(Stream):
 
     async def _yield(self) -> None:
         """Give the other tasks a turn (and cancellation a chance): a fast peer must not hold the loop."""
-        self._streak = 0
+        self._turn_ends_s = 0.0
         await anyio.lowlevel.checkpoint()
 
     async def send_eof(self) -> None:
