@@ -72,7 +72,7 @@ def encode_chunk(data: bytes) -> bytes:
 
 
 def _whole_chunks(data: bytes, at: int, payload: list[bytes]) -> int:
-    """Take the chunks from `at` on that have come whole; return where they end. (No step by step: there may be many.)"""
+    """Take the chunks from `at` on that have come whole, in one go since there may be many; return where they end."""
     match, starts, take = _CHUNK_SIZE.match, data.startswith, payload.append
     while at < len(data) and (size := match(data, at)) is not None:
         begin = size.end()

@@ -9,6 +9,7 @@ import contextlib
 import socket
 import struct
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any, Final
@@ -74,7 +75,19 @@ class Watched:
                 self.sock.shutdown(socket.SHUT_RDWR)
 
 
-class SocketStream(ByteStream):
+class Stream(ByteStream):
+    """A byte stream whose connection can be ended without waiting: a socket's, or in tests one in memory."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close at once, without waiting for anything; what was sent still arrives."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Close with a reset: what is unsent is thrown away, and the peer sees an error instead of an end."""
+
+
+class SocketStream(Stream):
     """A byte stream over one connected socket, which it owns.
 
     `receive` and `send` raise anyio's errors: EndOfStream, BrokenResourceError (reset and the like),
