@@ -99,7 +99,9 @@ class Admin:
         fleet = self._driver.balancer.fleet
         before = {server.name: _digest(server) for server in fleet}
         self._driver.dispatch(SyncRequested())
-        await self._driver.wait_probed(lambda server: server.probe_id != 0)
+        awaited = {server.id: server.probe_id for server in fleet if server.probe_id}
+        # Not until no probe at all is under way, which may never be: only until each of these has ended.
+        await self._driver.wait_probed(lambda server: awaited.get(server.id) == server.probe_id)
         changes = {server.name: _difference(before.get(server.name), _digest(server)) for server in fleet}
         return json_answer(
             200, {"servers": len(fleet.servers), "changed": {name: c for name, c in changes.items() if c}}

@@ -197,7 +197,8 @@ class ClientConnection:
         number, tag = self._front.next_id()
         route = find_route(head.path)
         facts = read_facts(route, head.method, body)
-        headers = upstream_headers(head, len(body), self._client.peer, self._driver.app.proxy.forwarded)
+        forwarded = self._driver.app.proxy.forwarded
+        headers = upstream_headers(head, len(body), self._client.peer, forwarded, plain=route.generates)
         parts = head_parts(head, headers)
         return ClientRequest(number, tag, head, route, shape_of(head.path), facts, body, parts)
 

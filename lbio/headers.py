@@ -23,6 +23,7 @@ HOP_BY_HOP = frozenset(
 """Headers that concern one connection only (RFC 9110 §7.6.1)."""
 
 _NOT_UPSTREAM = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"origin"}
+_NOT_UPSTREAM_PLAIN = _NOT_UPSTREAM | {b"accept-encoding"}
 # Host is each server's own; Origin would be refused by an Ollama bound to loopback (design §7.13).
 _NOT_DOWNSTREAM = HOP_BY_HOP | {b"content-length"}
 _OURS = b"x-ollama-lb-"
@@ -35,9 +36,15 @@ def end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]
     return [(name, value) for name, value in pairs if name not in dropped and name not in named]
 
 
-def upstream_headers(head: RequestHead, n_body_bytes: int, client: str, forwarded: Forwarded) -> Headers:
-    """Return the headers of the request as servers get it, but for `Host`."""
-    headers = [pair for pair in end_to_end(head.headers, _NOT_UPSTREAM) if not pair[0].startswith(_OURS)]
+def upstream_headers(
+    head: RequestHead, n_body_bytes: int, client: str, forwarded: Forwarded, *, plain: bool = False
+) -> Headers:
+    """Return the headers of the request as servers get it, but for `Host`.
+
+    `plain`: the answer is to be read here, so a proxy in front of the server must not be told that it may compress it.
+    """
+    dropped = _NOT_UPSTREAM_PLAIN if plain else _NOT_UPSTREAM
+    headers = [pair for pair in end_to_end(head.headers, dropped) if not pair[0].startswith(_OURS)]
     if forwarded is Forwarded.X_FORWARDED_FOR:
         headers = _appended(headers, b"x-forwarded-for", client.encode())
     elif forwarded is Forwarded.FORWARDED:

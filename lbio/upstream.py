@@ -176,7 +176,8 @@ class Answer:
         self.connection = connection
         self.head = head
         content_type = (head.header(b"content-type") or b"").lower()
-        self.streams = head.status < 300 and content_type.startswith(_STREAM_TYPES)
+        is_plain = (head.header(b"content-encoding") or b"identity").lower() == b"identity"
+        self.streams = head.status < 300 and content_type.startswith(_STREAM_TYPES) and is_plain  # so, readable here
         self.watcher = Watcher(ending if self.streams else Ending.FRAMING)
         self.held = bytearray()
         self._missing = head.content_length

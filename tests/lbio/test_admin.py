@@ -1,11 +1,15 @@
 """The management endpoints: what the fleet is, changing it, and who may."""
 
+import contextlib
 import json
+import socket
 from typing import Any
 
 import anyio
 import pytest
 
+from lbcore.config import ServerSettings
+from lbcore.events import ServerAdded
 from simulator.fake_ollama import FakeModel
 from simulator.faults import Fault, FaultKind
 from simulator.serve import serve_fleet
@@ -291,6 +295,19 @@ async def test_a_sync_finds_that_a_server_has_come_back() -> None:
         changed = body_of(await rig.ask("POST", "/sync_servers"))["changed"]
         assert changed["a"]["state"] == ["dead", "healthy"]
         assert (await rig.chat()).status == 200
+
+
+async def test_a_sync_does_not_wait_for_servers_that_hang_out_of_step() -> None:
+    probe = {"timeout": "200ms", "interval_dead": "50ms", "interval_dead_max": "50ms"}
+    async with balanced(specs("a"), probe=probe) as rig:
+        with contextlib.ExitStack() as stack:
+            for number in range(8):
+                hole = stack.enter_context(socket.create_server(("127.0.0.1", 0)))  # connects, and never says a word
+                url = f"http://127.0.0.1:{hole.getsockname()[1]}"
+                rig.service.driver.dispatch(ServerAdded(ServerSettings(url=url, name=f"hole{number}")))
+                await anyio.sleep(0.03)
+            with anyio.fail_after(0.6):
+                assert body_of(await rig.ask("POST", "/sync_servers"))["servers"] == 9
 
 
 # --- who may ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Which headers go through the balancer, and which it adds."""
 
+import gzip
+
 import pytest
 
 from tests.lbio.kit import NDJSON, STREAM, balanced, chunked, scripted, specs
@@ -118,3 +120,36 @@ async def test_an_absolute_target_is_understood() -> None:
     async with balanced(specs("a")) as rig:
         raw = request("POST", "http://somewhere:1/api/chat", chat())
         assert (await rig.send(raw)).status == 200
+
+
+# --- answers that somebody in between has compressed -----------------------------------------------------------
+
+GZIPPED = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
+SQUEEZED = [gzip.compress(b"".join(STREAM))]
+
+
+@pytest.mark.parametrize(("path", "goes_on"), [
+    ("/api/chat", False), ("/v1/chat/completions", False), ("/api/embed", False), ("/api/show", True),
+])  # fmt: skip
+async def test_an_answer_that_is_watched_is_not_to_be_compressed(path: str, goes_on: bool) -> None:
+    async with scripted() as (rig, (server,)):
+        await rig.send(with_headers("Accept-Encoding: gzip").replace(b"/api/chat", path.encode(), 1))
+        assert (("accept-encoding", "gzip") in server.headers()) is goes_on
+
+
+@pytest.mark.parametrize("kind", [b"application/x-ndjson", b"text/event-stream"])
+async def test_a_compressed_answer_is_passed_on_as_it_is(kind: bytes) -> None:
+    async with scripted() as (rig, (server,)):
+        server.pieces = [GZIPPED % kind + chunked(SQUEEZED)]
+        answer = await rig.chat()
+        assert (answer.header("Content-Encoding"), gzip.decompress(answer.body)) == ("gzip", b"".join(STREAM))
+        assert rig.server("s0").health > 1
+
+
+async def test_a_compressed_answer_that_breaks_is_cut_without_a_plain_line_in_it() -> None:
+    async with scripted() as (rig, (server,)):
+        server.pieces, server.close = [GZIPPED % b"application/x-ndjson" + chunked(SQUEEZED)[:40]], True
+        data = await rig.exchange([request("POST", "/api/chat", chat())])
+    assert data.startswith(b"HTTP/1.1 200 ")
+    assert b"error" not in data
+    assert not data.endswith(b"0\r\n\r\n")
