@@ -29,7 +29,7 @@ from tests.playbook import arrival, fleet, many
 # They use a balancer.
 ABOVE = {"lbcore.loglines", "lbcore.trace", "lbcore.comparison", "lbcore.explain", "lbcore.invariants"}
 STATELESS = {
-    "Setting", "Field", "Route", "Ending", "BodyFacts", "Problem", "RouteTable",  # what is known before anything happens
+    "Setting", "Field", "Route", "Ending", "BodyFacts", "Problem", "RouteTable",  # known before anything happens
     "Holders", "Drawn",  # made anew when they are needed
 }  # fmt: skip
 
