@@ -7,6 +7,7 @@ made, slower the more streams are decoded together and while a prompt is being r
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 from enum import IntEnum
 from math import ceil, inf
@@ -82,6 +83,12 @@ class _Stream:
         self.due_ns = now_ns + fixed_ns
         self.history: dict[float, int] = {}  # slowdown -> decoding done at it
 
+    def twin(self) -> _Stream:
+        """Return a stream that is at the same point, and goes on by itself."""
+        twin = copy(self)
+        twin.marks, twin.history = self.marks.copy(), self.history.copy()
+        return twin
+
     def settle(self, now_ns: int) -> None:
         """Move the anchor to a moment that is not after `due_ns`."""
         done_ns = self.work_left_ns if now_ns >= self.due_ns else int((now_ns - self.anchor_ns) / self.slowdown)
@@ -112,6 +119,13 @@ class Engine:
         self._paces = (1.0, 1.0, 1.0)  # slowdown in each phase
         self._first_factor = 1.0
         self._token_factor = 1.0
+
+    def twin(self) -> Engine:
+        """Return an engine that is at the same point, and goes on by itself."""
+        twin = copy(self)
+        twin._streams = {stream_id: stream.twin() for stream_id, stream in self._streams.items()}  # noqa: SLF001  its own
+        twin._company = self._company.copy()  # noqa: SLF001
+        return twin
 
     def add(self, stream_id: int, prompt_tokens: int, marks: list[int], now_ns: int) -> None:
         """Begin a stream that has so many prompt tokens to read.

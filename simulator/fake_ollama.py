@@ -11,6 +11,7 @@ with it.
 """
 
 from collections import deque
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -93,6 +94,17 @@ class Runner:
         """Whether no job is on it."""
         return not (self.running or self.visiting or self.waiting)
 
+    def twin(self) -> "Runner":
+        """Return a runner that is at the same point, and goes on by itself."""
+        return replace(
+            self,
+            engine=self.engine.twin(),
+            free=[replace(slot) for slot in self.free],
+            running={job_id: (job, replace(slot)) for job_id, (job, slot) in self.running.items()},
+            visiting=self.visiting.copy(),
+            waiting=self.waiting.copy(),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -131,6 +143,13 @@ class FakeOllama:
             if model is None:
                 raise ValueError(f"{spec.name}: start_loaded names {name!r}, which is not one of its models")
             self._put(model, runner_options(model, None), round(spec.keep_alive_s * NS_PER_S), now_ns)
+
+    def twin(self) -> "FakeOllama":
+        """Return a server that is at the same point, and goes on by itself: to see what would come."""
+        twin = copy(self)
+        twin.disk, twin.pending = self.disk.copy(), self.pending.copy()
+        twin.runners = {key: runner.twin() for key, runner in self.runners.items()}
+        return twin
 
     # disk
 
