@@ -35,7 +35,9 @@ class Placement:
 
     def order(self, candidates: Sequence[Server], request: Request, now_ns: int) -> Sequence[Server]:
         """Return the candidates, the one to ask first in front."""
-        return selection.order(candidates, request, self._config, self._rng, now_ns)
+        holders = self._fleet.pool(request.model)
+        records = holders.records if candidates is holders.servers else None
+        return selection.order(candidates, request, self._config, self._rng, now_ns, records)
 
     def first(self, request: Request, candidates: Sequence[Server], now_ns: int) -> list[Server]:
         """Return who gets the request at once: the primary, then its racers."""

@@ -85,16 +85,29 @@ def expected_ns(server: Server, record: ServerModel, request: Request, first_tok
 
 
 def order(
-    candidates: Sequence[Server], request: Request, config: Config, rng: Random, now_ns: int
+    candidates: Sequence[Server],
+    request: Request,
+    config: Config,
+    rng: Random,
+    now_ns: int,
+    records: Sequence[ServerModel] | None = None,
 ) -> Sequence[Server]:
-    """Return the candidates, the one to ask first in front.
+    """Return the candidates, the one to ask first in front; `records` are theirs of the model, if at hand.
 
     They are drawn as far as they are looked at, one random number for each, and none for the last of a rank; so look
     before anything changes.
     """
     if len(candidates) == 1:
         return candidates
-    return Drawn(candidates, _ranks(candidates, request, config, now_ns), rng)
+    model = request.model
+    if model is None or not request.generates:
+        ranks = [0] * len(candidates)
+    else:
+        ranks = _ranks(candidates, records or [s.models[model] for s in candidates], request, config, now_ns)
+    for i, server in enumerate(candidates):
+        if server.reliability is not _RELIABLE and is_passed_over(server, now_ns):
+            ranks[i] += _LAST_RANKS
+    return Drawn(candidates, ranks, rng)
 
 
 class Drawn(Sequence[Server]):
@@ -148,23 +161,11 @@ class Drawn(Sequence[Server]):
         return group.pop(i)
 
 
-def _ranks(candidates: Sequence[Server], request: Request, config: Config, now_ns: int) -> list[int]:
-    """Return for each candidate how often its expected first-token time doubles the best one's.
-
-    Those that are passed over are ranked behind all others.
-    """
-    ranks = _ranks_by_time(candidates, request, config, now_ns)
-    for i, server in enumerate(candidates):
-        if server.reliability is not _RELIABLE and is_passed_over(server, now_ns):
-            ranks[i] += _LAST_RANKS
-    return ranks
-
-
-def _ranks_by_time(candidates: Sequence[Server], request: Request, config: Config, now_ns: int) -> list[int]:
-    model, runner_key = request.model, request.runner_key
-    if model is None or not request.generates:
-        return [0] * len(candidates)
-    records = [server.models[model] for server in candidates]
+def _ranks(
+    candidates: Sequence[Server], records: Sequence[ServerModel], request: Request, config: Config, now_ns: int
+) -> list[int]:
+    """Return for each candidate how often its expected first-token time doubles the best one's."""
+    runner_key = request.runner_key
     settings = config.selection
     if settings.policy is _BY_HEALTH:
         return [0 if record.is_warm(runner_key) else 1 for record in records]
