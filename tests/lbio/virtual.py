@@ -58,7 +58,7 @@ def in_virtual_time(story: Story) -> Callable[[], None]:
 
 
 class MemoryStream(Stream):
-    """One end of a connection; closing it with unread input is a reset, which destroys what is under way (as TCP does)."""
+    """One end of a connection; closing it with unread input is a reset, which destroys what is under way."""
 
     def __init__(self, here: tuple[str, int], there: tuple[str, int], room_bytes: int) -> None:
         self.here = here
@@ -263,6 +263,10 @@ class Rig:
     @property
     def port(self) -> int:
         return self.service.addresses[0][1]
+
+    @property
+    def n_requests(self) -> int:
+        return self.service.driver.n_requests
 
     def fake(self, name: str) -> FakeServer:
         return next(server for server in self.fleet if server.spec.name == name)
