@@ -27,6 +27,7 @@ class Speed:
     prefill_interference: float = 0.0  # 0..1 (excluded): share of its speed that decoding loses while a prompt is read
     load_fixed_ns: int = 2_000_000_000
     load_rate: float = inf  # bytes/s from disk to memory
+    shared_prefill: bool = True  # prompts that are read together share the rate
 
     @property
     def is_steady(self) -> bool:
@@ -248,7 +249,7 @@ class Engine:
         decode = self._token_factor * (1.0 + speed.batch_slowdown * max(0, self._company[_Phase.DECODING] - 1))
         if reading:
             decode /= 1.0 - speed.prefill_interference
-        paces = (self._first_factor, self._first_factor * max(1, reading), decode)
+        paces = (self._first_factor, self._first_factor * (max(1, reading) if speed.shared_prefill else 1), decode)
         if paces != self._paces:
             self._paces = paces
             touched = self._streams.values()

@@ -18,6 +18,7 @@ from lbcore.config_order import CORE_ORDER, check_order
 from lbcore.config_routes import ROUTE_KEYS, parse_routes
 from lbcore.parsing import ABSENT, Keys, Problem, parse_table
 from lbcore.schema import SECOND_NS, Kind, count, duration, fields_of, join, keys_of, ratio, section, setting, size
+from simulator.asks import Source
 from simulator.box import Box
 from simulator.checkers import Safety, check_liveness, is_settled
 from simulator.expect import Expectation, parse_expect
@@ -26,6 +27,7 @@ from simulator.fleet import FaultTable, parse_fault, parse_fleet
 from simulator.kernel import Kernel
 from simulator.network import Link, LinkFault, LinkFaultKind, Wire
 from simulator.placements import WorldView
+from simulator.promises import Promises
 from simulator.results import Band, RunResult
 from simulator.specs import FakeSpec
 from simulator.workload import Workload, make_source, parse_workload
@@ -91,6 +93,7 @@ def run_scenario(
     scenario: Scenario,
     seed: int | None = None,
     *,
+    source: Source | None = None,
     build: Build | None = None,
     policy: str = "",
     keep_lines: bool = False,
@@ -99,6 +102,7 @@ def run_scenario(
 ) -> RunResult:
     """Run a scenario: faults on for its duration, then healed until everything is well or `settle_ns` are over.
 
+    `source` are other clients than those of its workload.
     `audit` looks at every invariant after every step, which takes several times as long. `on_progress` is told the
     virtual time now and then.
     """
@@ -109,9 +113,10 @@ def run_scenario(
         Box(spec, Wire(scenario.link, scenario.link_faults.get(spec.name, ()), _rng(seed, f"wire {spec.name}")), kernel)
         for spec in scenario.specs
     ]
-    safety = Safety(result) if audit else None
-    source = make_source(scenario.workload, seed)
-    world = World(boxes, source, kernel, result, pauses=scenario.pauses, keep_lines=keep_lines, watch=safety)
+    promises = Promises(scenario.config, boxes, scenario.pauses)
+    safety = Safety(result, promises) if audit else None
+    clients = source or make_source(scenario.workload, seed)
+    world = World(boxes, clients, kernel, result, pauses=scenario.pauses, keep_lines=keep_lines, watch=safety)
     balancer = (build or _as_configured)(scenario.config, _rng(seed, "core"), world)
     if safety is not None:
         safety.begin(balancer)
@@ -126,6 +131,8 @@ def run_scenario(
     if not is_settled(world):
         kernel.run_until(scenario.duration_ns + scenario.settle_ns, over=lambda: is_settled(world))
     result.violations += check_liveness(world, scenario.settle_ns)
+    if audit:
+        result.violations += promises.at_end(kernel.now_ns)
     world.finish()
     result.bands += _bands(scenario)
     return result
@@ -191,7 +198,10 @@ def parse_scenario(
     expectations = parse_expect(raw.get("expect", {}), problems, servers=names, also=_KEYS)
     if problems or table is None:
         return None
-    servers = tuple(ServerSettings(url=f"http://{s.name}", name=s.name, slots=s.num_parallel) for s in specs)
+    servers = tuple(
+        ServerSettings(url=f"http://{s.name}", name=s.name, slots=s.num_parallel, in_flight_max=s.in_flight_max)
+        for s in specs
+    )
     net = table.network
     return Scenario(
         name=name,
