@@ -93,13 +93,16 @@ class Relay:
     async def _pump(self) -> None:
         answer, run, core = self._answer, self._run, self._core
         await run.hand_over()
+        # Its task may have read on: it had been woken by a piece before another's event made it the winner.
+        held = bytes(answer.held)
+        answer.held.clear()
+        await self._write_lines(held)
         try:
             while not answer.ended:
                 payload = await answer.read()
                 n_tokens = answer.watcher.feed(payload)
                 core.note_chunk(run.attempt_id, len(payload), n_tokens)
-                if lines := self._whole_lines(payload):
-                    await self._write(self._framed(lines))
+                await self._write_lines(payload)
         except IncompleteBody as error:
             run.report_broken(Reason.TRUNCATED, str(error))
         except HttpError as error:
@@ -107,6 +110,10 @@ class Relay:
         else:
             if not self._exchange.passed_on:
                 run.report_end(answer)
+
+    async def _write_lines(self, payload: bytes) -> None:
+        if lines := self._whole_lines(payload):
+            await self._write(self._framed(lines))
 
     def _whole_lines(self, payload: bytes) -> bytes:
         """Return what of a stream can go on: whole lines (events), so that a break never leaves half of one behind.
