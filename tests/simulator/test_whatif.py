@@ -83,7 +83,7 @@ def test_another_fast_server_helps_and_one_less_does_not(found: Recorded) -> Non
     more = answer_of(found, Change(servers=("+other:fast", "-slow")))
     assert more.changed["e2e_p90_ms"] < more.fitted["e2e_p90_ms"]
     less = answer_of(found, Change(servers=("-fast",)))
-    assert less.changed["e2e_p50_ms"] > 2 * less.fitted["e2e_p50_ms"]
+    assert less.changed["e2e_p50_ms"] > 1.3 * less.fitted["e2e_p50_ms"]
 
 
 def test_hardware_can_be_added_by_its_profile(found: Recorded) -> None:
