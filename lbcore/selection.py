@@ -146,7 +146,7 @@ class Drawn(Sequence[Server]):
         group, weights = self._group, self._weights
         if not group:
             ranks = self._ranks
-            self._rank = rank = min([rank for rank in ranks if rank > self._rank])
+            self._rank = rank = min(ranks if self._rank < 0 else [rank for rank in ranks if rank > self._rank])
             self._group = group = [self._candidates[i] for i, its_rank in enumerate(ranks) if its_rank == rank]
             self._weights = weights = [(s.health or _WEIGHT_MIN) / (1 + s.in_flight) for s in group]
         if len(group) == 1:
@@ -171,19 +171,18 @@ def _ranks(
         return [0 if record.is_warm(runner_key) else 1 for record in records]
     known = [record.known_ns for record in records]
     best_ns = min(known) or min(filter(None, known), default=TTFT_UNKNOWN_NS)
-    twice_ns = 2 * best_ns
-    expected: list[float] = []
-    for server, record, known_ns in zip(candidates, records, known, strict=True):
-        first_token_ns: float = known_ns or best_ns
-        if known_ns >= twice_ns:  # below, the rank is the same whatever has faded
-            first_token_ns = faded_ns(record, best_ns, now_ns, settings.forget_ns)
-        if (
-            record.in_flight >= server.slots
-            or not record.loaded
-            or (record.runner_key != runner_key and record.runner_key is not None)
-        ):
-            first_token_ns = expected_ns(server, record, request, first_token_ns)
-        expected.append(first_token_ns)
+    expected: list[float] = [known_ns or best_ns for known_ns in known]
+    twice_ns = 2 * best_ns  # below, the rank is the same whatever has faded
+    for i in [i for i, known_ns in enumerate(known) if known_ns >= twice_ns]:
+        expected[i] = faded_ns(records[i], best_ns, now_ns, settings.forget_ns)
+    for i in [
+        i
+        for i, record in enumerate(records)
+        if record.in_flight >= candidates[i].slots
+        or not record.loaded
+        or (record.runner_key != runner_key and record.runner_key is not None)
+    ]:
+        expected[i] = expected_ns(candidates[i], records[i], request, expected[i])
     soonest = max(min(expected), 1.0)
     limit = 2 * soonest
     return [0 if e < limit else int(e / soonest).bit_length() - 1 for e in expected]
