@@ -20,6 +20,7 @@ class Reason(StrEnum):
     CONNECT_FAILED = "cannot connect"
     CONNECT_TIMEOUT = "connect timeout"
     TLS_FAILED = "TLS failed"
+    EXHAUSTED = "the load balancer has run out of connections"
     RESET = "connection lost before the answer"
     GARBAGE = "the answer is not HTTP"
     CLIENT_ERROR = "the request was refused"

@@ -8,7 +8,7 @@ from lbcore.catalog import known_names
 from lbcore.commands import CancelProbe, Command, Decision, ForgetServer, RecordDecision, StartProbe
 from lbcore.config import Config, ServerSettings
 from lbcore.events import ModelsSynced, ProbeCompleted, Reason
-from lbcore.health import ALIVE_FROM, after_failure, after_success, distrust_ns, next_probe_pause_ns
+from lbcore.health import ALIVE_FROM, BLAME, Blame, after_failure, after_success, distrust_ns, next_probe_pause_ns
 from lbcore.ollama import RequestKind, canonical_model
 from lbcore.records import Attempt, Failure, ModelStats, Server
 from lbcore.states import (
@@ -327,10 +327,13 @@ class Fleet:
         return server
 
     def _probe_failed(self, server: Server, reason: Reason, detail: str, now_ns: int) -> None:
-        server.probe_failures += 1
         failure = Failure(server.name, reason, 0, detail)
         why = f"probe failed: {failure.words}"
         self._note_error(server, failure.words, now_ns)
+        if server.is_alive and BLAME[reason] is Blame.NONE:  # it could not be asked, which is no news of it
+            self._timers.arm(TimerKind.PROBE, server.id, now_ns + self._config.probe.interval_ns)
+            return
+        server.probe_failures += 1
         if server.is_alive:
             fallen = server.probe_failures >= self._config.probe.fall
             value = min(after_failure(server.health, self._config.health), ALIVE_FROM / 2 if fallen else server.health)

@@ -69,10 +69,12 @@ def hedge_delay_ns(stats: ModelStats | None, settings: RaceSettings, *, stream: 
 def closing_words(request: Request) -> tuple[int, str]:
     """Return the status and the error for a request that no server answered, naming what happened on each.
 
-    404 when all lack the model, 504 when all timed out, else 502.
+    404 when all lack the model, 504 when all timed out, 503 when no server could even be asked, else 502.
     """
     failures = request.failures
     if failures and all(failure.reason is Reason.MODEL_NOT_FOUND for failure in failures):
         return 404, model_not_found(request.event.model or "")
     status = 504 if failures and all(failure.reason in TIMEOUTS for failure in failures) else 502
+    if failures and all(failure.reason is Reason.EXHAUSTED for failure in failures):
+        status = 503
     return status, "no server could answer: " + "; ".join(str(failure) for failure in failures)

@@ -23,6 +23,7 @@ OWN_WORDS = frozenset(
         Reason.CONNECT_FAILED,
         Reason.CONNECT_TIMEOUT,
         Reason.TLS_FAILED,
+        Reason.EXHAUSTED,
         Reason.FIRST_TOKEN_TIMEOUT,
         Reason.SILENCE_TIMEOUT,
         Reason.ANSWER_TIMEOUT,

@@ -218,7 +218,7 @@ class Requests:
         answered = request.last_answered
         if answered is None or answered.failure is None:
             status, message = race.closing_words(request)
-            self._out.append(RejectRequest(request.id, status, message))
+            self._out.append(RejectRequest(request.id, status, message, 1 if status == 503 else 0))
             self._ledger.end(request, RequestInput.FAIL, Decision.FAILED, f"{status}: {message}", now_ns)
             return
         self._out.append(PassAnswer(request.id, answered.id))

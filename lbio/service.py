@@ -26,6 +26,7 @@ from lbcore.schema import SECOND_NS
 from lbcore.units import counted
 from lbio import logs
 from lbio.addresses import Address, parse_listen
+from lbio.descriptors import fitted
 from lbio.downstream import Front, drained
 from lbio.driver import Driver
 from lbio.record import RecordError, Recording
@@ -45,6 +46,7 @@ FleetFactory = Callable[[], AbstractAsyncContextManager[Sequence[ServerSettings]
 def run(app: AppConfig, *, fleet: FleetFactory | None = None) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code (0: ended as asked, 1: could not start, 2: cannot record)."""
     logs.set_up(app.log)
+    app = replace(app, limits=fitted(app.limits))
     try:
         return anyio.run(_main, app, fleet, backend_options={"use_uvloop": _has_uvloop()})
     except KeyboardInterrupt:  # where signals cannot be received by the event loop (Windows)

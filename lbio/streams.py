@@ -31,6 +31,7 @@ __all__ = [
     "close_now",
     "connect",
     "connect_tls",
+    "is_exhaustion",
 ]
 
 _log = logging.getLogger(__name__)
@@ -59,6 +60,17 @@ def close_now(stream: ByteStream) -> None:
     while isinstance(inner, TLSStream):
         inner = inner.transport_stream
     inner.close()
+
+
+def is_exhaustion(error: OSError) -> bool:
+    """Tell whether this machine has run out of something, such as descriptors: then no peer is to blame."""
+    if not isinstance(error, socket.gaierror):
+        return error.errno in _EXHAUSTED
+    try:  # the resolver, which needs a socket too, has a reason of its own for each error
+        socket.socket().close()
+    except OSError as own:
+        return own.errno in _EXHAUSTED
+    return False
 
 
 async def connect(host: str, port: int) -> SocketStream:

@@ -16,7 +16,7 @@ from lbcore.schema import SECOND_NS
 from lbio.addresses import parse_server_url
 from lbio.http1 import ChunkedDecoder, Framing, HttpError, IncompleteBody, Reader, ResponseHead, parse_response_head
 from lbio.settings import PoolSettings
-from lbio.streams import Connect, SocketStream, close_now, connect, connect_tls
+from lbio.streams import Connect, SocketStream, close_now, connect, connect_tls, is_exhaustion
 from lbio.watchers import Watcher
 
 _STREAM_TYPES = (b"application/x-ndjson", b"text/event-stream")
@@ -121,7 +121,8 @@ class Endpoint:
         except ssl.SSLError as error:
             raise ConnectError(Reason.TLS_FAILED, _ssl_words(error)) from error
         except OSError as error:
-            raise ConnectError(Reason.CONNECT_FAILED, error.strerror or str(error)) from error
+            reason = Reason.EXHAUSTED if is_exhaustion(error) else Reason.CONNECT_FAILED
+            raise ConnectError(reason, error.strerror or str(error)) from error
 
     def release(self, connection: Connection) -> None:
         """Keep a connection whose last answer was read to its end; closes it when enough are kept."""

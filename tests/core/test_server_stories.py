@@ -334,3 +334,17 @@ def test_at_the_end_everything_gets_its_answer_and_every_load_is_cut() -> None:
     book << rejected(2, 503, "shutting down") << rejected(3, 503, "shutting down")
     book << CancelAttempt(load.id, Reason.DRAINED)
     assert [book.outcome(i) for i in (1, 2, 3)] == [Decision.FAILED, Decision.FAILED, Decision.REJECTED]
+
+
+# --- what is nobody's fault ---------------------------------------------------------------------------------------
+
+
+def test_a_server_that_could_not_be_asked_is_not_blamed_by_attempt_or_probe() -> None:
+    book = fleet("a", probe=PROBE)
+    health = book.server("a").health
+    book.failed(book.alone(1), Reason.EXHAUSTED) << rejected(1, 503, "run out")
+    for _ in range(3):
+        book.timeout() << book.probed("a")
+        book.probe_failed("a", Reason.EXHAUSTED).done()
+    assert (book.server("a").health, book.server("a").probe_failures) == (health, 0)
+    assert "run out" in book.server("a").last_error
