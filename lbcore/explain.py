@@ -254,7 +254,11 @@ def _record(server: Server, request: Request) -> ServerModel | None:
 
 
 def _ranks(balancer: LoadBalancer, drawn: list[Server], request: Request, now_ns: int) -> list[int]:
-    return selection._ranks(drawn, request, balancer.config, now_ns) if drawn else []  # noqa: SLF001
+    model = request.model
+    if not drawn or model is None or not request.generates:
+        return [0] * len(drawn)
+    held = [server.models[model] for server in drawn]
+    return selection._ranks(drawn, held, request, balancer.config, now_ns)  # noqa: SLF001
 
 
 def _expected_ns(

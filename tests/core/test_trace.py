@@ -23,7 +23,7 @@ from lbcore.commands import (
     StartAttempt,
 )
 from lbcore.comparison import compare
-from lbcore.config import Config
+from lbcore.config import Config, Winner
 from lbcore.errors import UnknownEventError
 from lbcore.events import Event, Reason
 from lbcore.loglines import COMMAND_CODES, EVENT_CODES, Lines, as_array, dumps, fields_of
@@ -207,6 +207,37 @@ def test_a_spurious_timeout_is_not_written() -> None:
     n_lines = len(lines)
     assert book.balancer.handle_timeout(book.now_ns) == []
     assert len(lines) == n_lines
+
+
+def test_a_timer_that_looks_at_chunks_finds_them_in_a_replay() -> None:
+    book, lines = recorded_fleet("a", routes=many(racers_max=1, hedges_max=0))
+    attempt = book.alone(1)
+    book.token(attempt) << CommitAttempt(1, attempt.id)
+    book.after(59_000).tokens(attempt, 1)
+    book.after(2_000)  # the timer fires, and is armed anew
+    book.balancer.note_paused(attempt.id, paused=True, now_ns=book.now_ns)
+    book.after(70_000)  # not read by us: no silence of the server
+    book.balancer.note_paused(attempt.id, paused=False, now_ns=book.now_ns)
+    book.after(59_000).done()
+    book.after(2_000)
+    assert CancelAttempt(attempt.id, Reason.SILENCE_TIMEOUT) in book.skip()
+    assert sum(len(json.loads(line)) == 4 for line in lines[2:]) == 3
+    assert compare(lines).difference is None
+    for i, line in enumerate(lines[2:], 2):
+        if len(json.loads(line)) == 4:
+            without = dumps(json.loads(line)[:3]) + "\n"
+            assert compare([*lines[:i], without, *lines[i + 1 :]]).difference is not None
+
+
+def test_the_end_of_a_window_counts_tokens_in_a_replay_too() -> None:
+    routes = many(racers_min=2, racers_max=2, winner=Winner.MOST_TOKENS)
+    book, lines = recorded_fleet(routes=routes)
+    first, second = book.race(1)
+    book.token(first).token(second)
+    book.after(1000).tokens(first, 3).tokens(second, 5)
+    book.after(1001) << CommitAttempt(1, second.id)
+    book.skip()
+    assert compare(lines).difference is None
 
 
 def test_what_is_no_event_is_refused_and_not_written() -> None:
