@@ -40,6 +40,8 @@ ONE_AFTER_ANOTHER = [
     "ollama-lb check my.toml",
 ]
 FLEET = "ollama-lb fleet configs/demo.toml"
+ALL_SCENARIOS = "ollama-lb simulate configs/scenarios"  # tests/simulator/test_scenarios.py runs each of them
+SIMULATED = [command for command in COMMANDS if command.startswith("ollama-lb simulate") and command != ALL_SCENARIOS]
 AGAINST_THE_DEMO = [command for command in COMMANDS if command.startswith("curl")]
 
 
@@ -72,7 +74,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def test_each_command_is_accounted_for() -> None:
-    known = {*BY_CI, INSTALL_AND_RUN, *STARTED, *ONE_AFTER_ANOTHER, FLEET, *AGAINST_THE_DEMO}
+    known = {*BY_CI, INSTALL_AND_RUN, *STARTED, *ONE_AFTER_ANOTHER, FLEET, ALL_SCENARIOS, *SIMULATED, *AGAINST_THE_DEMO}
     assert [command for command in COMMANDS if command not in known] == []
     assert known <= set(COMMANDS)
 
@@ -104,6 +106,16 @@ def test_run_starts_with_servers_that_are_not_there(command: str, tmp_path: Path
     ]
     process, _ = _start(words[1:], tmp_path)
     _stop(process)
+
+
+@pytest.mark.parametrize("command", SIMULATED)
+def test_a_simulation_ends_well(command: str, tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    words = [*OLLAMA_LB, *shlex.split(command)[1:]]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
+    assert "one-server-hangs" in done.stdout
+    assert done.stderr == ""
+    assert (tmp_path / "run.png").exists() == ("--plot" in command)
 
 
 def test_fleet_prints_the_addresses() -> None:
