@@ -235,13 +235,35 @@ class AttemptRun:
     async def _ask(self, connection: Connection) -> ResponseHead | None:
         connection.n_requests += 1
         unsent, self._unsent = self._unsent, []
+        large_body = unsent.pop() if len(unsent) > 1 else b""
         try:
             for piece in unsent:
                 if piece:
                     await connection.stream.send(piece)
         except anyio.BrokenResourceError:
             pass  # the server may have refused before the body was sent: its answer may still be there
+        if large_body:
+            return await self._read_head_while_sending(connection, large_body)
+        return await self._read_head(connection)
+
+    async def _read_head(self, connection: Connection) -> ResponseHead | None:
         return await read_response_head(connection, self.exchange.request.head.method, self._head_bytes_max)
+
+    async def _read_head_while_sending(self, connection: Connection, body: bytes) -> ResponseHead | None:
+        """Send a large body, but no more of it once the server has refused it."""
+        head: ResponseHead | None = None
+        problems: list[Exception] = []  # raised where they arise, they would come out as a group
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(connection.send_body, body)
+            try:
+                head = await self._read_head(connection)
+            except (HttpError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+                problems.append(error)
+            if head is None or head.status >= 300:
+                tasks.cancel_scope.cancel()
+        if problems:
+            raise problems.pop()  # a name for it here would make a cycle, which keeps the body
+        return head
 
     async def _read(self, answer: Answer) -> None:
         status = answer.head.status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 from collections import deque
@@ -34,13 +35,14 @@ class ConnectError(Exception):
 class Connection:
     """One connection to a server."""
 
-    __slots__ = ("idle_since_ns", "n_requests", "reader", "stream")
+    __slots__ = ("half_sent", "idle_since_ns", "n_requests", "reader", "stream")
 
     def __init__(self, stream: ByteStream) -> None:
         self.stream = stream
         self.reader = Reader(stream)
         self.n_requests = 0
         self.idle_since_ns = 0
+        self.half_sent = False  # a body was begun and not ended, so nothing can follow it
 
     def is_quiet(self) -> bool:
         """Tell whether nothing has come on an idle connection: no end, and no bytes that nobody asked for.
@@ -66,6 +68,13 @@ class Connection:
             return self.stream.send_nowait(data)
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             return 0
+
+    async def send_body(self, body: bytes) -> None:
+        """Send a body for as long as the server takes it; its answer tells why it does not."""
+        self.half_sent = True
+        with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+            await self.stream.send(body)
+            self.half_sent = False
 
     def close(self) -> bool:
         """Close at once; tell whether that wakes a task which waits for bytes (not in memory, as in tests)."""
@@ -226,7 +235,7 @@ class Answer:
     @property
     def is_reusable(self) -> bool:
         """Whether the connection may carry another request."""
-        return self.ended and self.head.keep_alive
+        return self.ended and self.head.keep_alive and not self.connection.half_sent
 
 
 async def read_response_head(connection: Connection, method: str, bytes_max: int) -> ResponseHead | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import anyio
 import pytest
 
-from tests.lbio.kit import Rig, balanced, client, scripted, specs
+from tests.lbio.kit import LIMIT_S, Rig, balanced, client, scripted, specs
 from tests.lbio.sockets_kit import until
 from tests.simulator.wire import request
 
@@ -109,3 +109,26 @@ async def test_a_client_at_full_speed_does_not_hold_up_the_others(first: bytes, 
             for _ in range(3):
                 with anyio.fail_after(0.5):
                     assert (await rig.ask("GET", "/")).status == 200
+
+
+LARGE = b'{"model":"tiny","messages":["' + b"a" * (12 << 20) + b'"]}'  # more than sockets buffer
+
+
+async def test_a_server_may_refuse_a_large_body_before_it_has_come() -> None:
+    async with scripted() as (rig, (server,)):
+        good, server.pieces = server.pieces, [b"HTTP/1.1 413 X\r\nContent-Length: 9\r\n\r\ntoo large"]
+        server.reads_body, server.pause_s = False, LIMIT_S  # and keeps the connection
+        with anyio.fail_after(LIMIT_S / 2):
+            answer = await rig.ask("POST", "/api/chat", LARGE)
+        assert (answer.status, answer.body) == (413, b"too large")
+        server.reads_body, server.pieces, server.pause_s = True, good, 0
+        assert (await rig.chat()).complete  # not on the connection that is in the midst of a body
+
+
+async def test_a_large_body_arrives_whole_and_its_connection_is_used_again() -> None:
+    async with scripted() as (rig, (server,)):
+        for _ in range(2):
+            assert (await rig.ask("POST", "/api/chat", LARGE)).complete
+        assert server.bodies == [LARGE, LARGE]
+        (endpoint,) = rig.service.driver._endpoints.values()
+        assert [connection.n_requests for connection in endpoint._idle] == [2]
