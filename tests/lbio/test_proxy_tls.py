@@ -67,10 +67,10 @@ async def _balancer(**server: Any) -> AsyncIterator[tuple[Service, list[str]]]:
         tasks.cancel_scope.cancel()
 
 
-async def _chat(service: Service) -> bytes:
+async def _chat(service: Service, content: bytes = b"x") -> bytes:
     host, port = service.addresses[0]
     client = await connect(host, port)
-    body = b'{"model":"tiny","messages":[{"role":"user","content":"x"}]}'
+    body = b'{"model":"tiny","messages":[{"role":"user","content":"%s"}]}' % content
     await client.send(
         b"POST /api/chat HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
     )
@@ -108,3 +108,9 @@ async def test_without_verification_it_is_used_with_a_warning() -> None:
         assert any("verify" in warning for warning in warnings)
         answer = await _chat(service)
     assert CHAT in answer
+
+
+@pytest.mark.anyio
+async def test_a_large_body_goes_through_while_the_answer_is_awaited() -> None:
+    async with _balancer(ca_file=str(CERTIFICATE)) as (service, _):
+        assert CHAT in await _chat(service, b"x" * (8 << 20))
