@@ -10,6 +10,7 @@ from lbcore.errors import InvariantError
 from lbcore.events import Event
 from lbcore.invariants import Auditor
 from lbcore.schema import SECOND_NS
+from simulator.promises import Promises
 from simulator.results import RunResult
 from simulator.world import World
 
@@ -17,29 +18,36 @@ _VIOLATIONS_MAX = 20  # one defect is seen again and again; the first ones tell 
 
 
 class Safety:
-    """Audits a balancer after every step (`lbcore.invariants`); a `Watcher` of a world."""
+    """Audits a balancer after every step (`lbcore.invariants`, `simulator.promises`); a `Watcher` of a world."""
 
-    def __init__(self, result: RunResult) -> None:
+    def __init__(self, result: RunResult, promises: Promises) -> None:
         self._result = result
+        self._promises = promises
         self._auditor: Auditor | None = None
 
     def begin(self, balancer: LoadBalancer) -> None:
         """Follow a balancer from its first step on."""
         self._auditor = Auditor(balancer)
+        self._promises.begin(balancer)
 
     def __call__(self, event: Event | None, commands: Sequence[Command], now_ns: int) -> None:
         """Audit one step."""
         if self._auditor is None or len(self._result.violations) >= _VIOLATIONS_MAX:
             return
+        problems = self._promises(event, commands, now_ns)
         try:
             self._auditor.check(commands, now_ns)
         except InvariantError as error:
-            self._result.violations.append(f"at {now_ns / SECOND_NS:.6f} s, after {event or 'a timeout'}: {error}")
+            problems.append(str(error))
+        if problems:
+            when = f"at {now_ns / SECOND_NS:.6f} s, after {event or 'a timeout'}"
+            self._result.violations += [f"{when}: {problem}" for problem in problems]
 
 
 def is_settled(world: World) -> bool:
-    """Tell whether nothing is left to wait for: every client has its outcome and every server is healthy."""
-    return world.is_over and all(server.is_alive for server in world.balancer.fleet)
+    """Tell whether nothing is left to wait for: clients have their outcome, servers are healthy, no attempt runs."""
+    balancer = world.balancer
+    return world.is_over and not balancer.ledger.attempts and all(server.is_alive for server in balancer.fleet)
 
 
 def check_liveness(world: World, settle_ns: int) -> list[str]:

@@ -28,6 +28,7 @@ class FleetTable:
     port: int = count("where it listens on loopback; 0 takes a free port", 0, high=65535)
     slots: int = count("requests one model serves at once (OLLAMA_NUM_PARALLEL)", 1, low=1, high=1024)
     queue_max: int = count("requests that may wait for a model to load (OLLAMA_MAX_QUEUE)", 512)
+    in_flight_max: int = count("requests that the balancer sends to one model here at once", 8, low=1, high=4096)
     loaded_max: int = count("models in memory at once (OLLAMA_MAX_LOADED_MODELS)", 3, low=1)
     vram: int | None = size("memory for models; 0 is a server without a GPU", None)
     first_token_ns: int = duration("from the slot to the first token", 50 * MS_NS, high=3600 * SECOND_NS)
@@ -100,6 +101,7 @@ def _parse_fake(raw: Mapping[str, Any], key: str, problems: list[Problem]) -> Fa
         port=table.port,
         num_parallel=table.slots,
         max_queue=table.queue_max,
+        in_flight_max=table.in_flight_max,
         max_loaded=table.loaded_max,
         vram_bytes=default_vram if table.vram is None else table.vram,
         first_token_ms=table.first_token_ns / MS_NS,

@@ -54,6 +54,7 @@ class FakeSpec:
     start_loaded: tuple[str, ...] = ()  # names of models in memory when it starts
     num_parallel: int = 1  # slots of each loaded model
     max_queue: int = 512  # cold jobs that may wait
+    in_flight_max: int = 8  # what the balancer is told: requests that it may send to one model at once
     max_loaded: int = 3  # runners at a time
     vram_bytes: int = 24_000_000_000  # 0: no GPU; everything fits, size_vram is 0
     first_token_ms: float = 50.0  # from the slot to the first token

@@ -26,7 +26,7 @@ def test_a_name_is_enough() -> None:
 
 def test_every_key_is_read() -> None:
     specs, problems = parse({
-        "name": "a", "port": 8080, "slots": 4, "queue_max": 9, "loaded_max": 2, "vram": "8GB", "first_token": "80ms",
+        "name": "a", "port": 8080, "slots": 4, "queue_max": 9, "in_flight_max": 3, "loaded_max": 2, "vram": "8GB", "first_token": "80ms",
         "token": "7.5ms", "load": "1s", "tokens": 12, "keep_alive": "1m", "version": "1.2.3", "seed": 5,
         "models": ["x", "y:1b"], "loaded": ["X:latest"],
         "fault": [{"kind": "flap", "period": "20s", "up": "12s"},
@@ -35,7 +35,7 @@ def test_every_key_is_read() -> None:
     assert problems == []
     assert specs == (FakeSpec(
         "a", models=(FakeModel("x"), FakeModel("y:1b")), start_loaded=("X:latest",), num_parallel=4, max_queue=9,
-        max_loaded=2, vram_bytes=8_000_000_000,
+        in_flight_max=3, max_loaded=2, vram_bytes=8_000_000_000,
         first_token_ms=80.0, token_ms=7.5, load_ms=1000.0, tokens=12, keep_alive_s=60.0,
         version="1.2.3", seed=5, port=8080, faults=(
             Fault(FaultKind.FLAP, period_s=20.0, up_s=12.0),
