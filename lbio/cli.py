@@ -226,6 +226,30 @@ def simulate(**wanted: Any) -> int:
     return run_scenarios(Wanted(**wanted))
 
 
+@cli.command(epilog=_examples("ollama-lb bench configs/bench/quick.toml",
+                              "ollama-lb bench configs/bench/*.toml --results runs.jsonl --csv table.csv --plot plot",
+                              "ollama-lb bench my.toml --dask tcp://gpu1:8786"))
+@click.argument("paths", nargs=-1, required=True, metavar="BENCH...", type=click.Path(path_type=Path))
+@click.option("--results", type=click.Path(path_type=Path), metavar="FILE.jsonl",
+              help="Keep each run as it ends; those that FILE has are not run again.")
+@click.option("--csv", type=click.Path(path_type=Path), metavar="FILE.csv", help="Write every figure as CSV.")
+@click.option("--json", "as_json", is_flag=True, help="Print every figure as one JSON object.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="PREFIX",
+              help="Draw PREFIX-load.png, p99 TTFT against load, and PREFIX-pareto.png, against waste.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes. [default: one for each core]")
+@click.option("--dask", metavar="ADDRESS", default="", help="Run on the Dask cluster of this scheduler.")
+def bench(**wanted: Any) -> int:
+    """Compare policies over scenarios, loads and seeds.
+
+    BENCH is a TOML file, or a folder of them, that names scenarios, policies, loads and the number of seeds. Exits with
+    1 when a run violated an invariant.
+    """
+    from simulator.bench import Wanted
+    from simulator.bench import bench as run_bench
+
+    return run_bench(Wanted(**wanted))
+
+
 def _load(config: str | None, flags: Mapping[str, Any], specs: list[FakeSpec], *, need_servers: bool = True,
           quiet: bool = False, report: Callable[[Iterable[Problem]], None] | None = None) -> AppConfig | None:
     """Return the configuration and fill `specs` with its fake servers; None after its problems were reported."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,28 +17,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lbcore.balancer import LoadBalancer
 from lbcore.config import Config
-from lbcore.parsing import ABSENT, Problem
 from lbcore.trace import Recorder
+from simulator.inputs import InputError, load_scenario, toml_files
 from simulator.placements import WorldView
 from simulator.policies import PolicyError, PolicySpec, policy
 from simulator.report import Verdict, judge, print_run, print_scenarios, print_seeds, to_json
 from simulator.results import RunResult
-from simulator.scenario import Build, Scenario, parse_scenario, run_scenario
+from simulator.scenario import Build, Scenario, run_scenario
 from simulator.story import explain
 from simulator.summary import summarise
 from simulator.tables import new_console
 
+__all__ = ["InputError", "Wanted", "load_scenario", "simulate"]
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
-
-
-class InputError(Exception):
-    """Something given cannot be used; `problems` are lines for the user."""
-
-    def __init__(self, problems: Iterable[object]) -> None:
-        self.problems = tuple(str(problem) for problem in problems)
-        super().__init__("\n".join(self.problems))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +55,7 @@ def simulate(wanted: Wanted) -> int:
     """Run what is wanted and print what came of it. Returns the exit status."""
     try:
         _refuse_many(wanted)
-        scenarios = [(path, load_scenario(path)) for path in scenario_files(wanted.paths)]
+        scenarios = [(path, load_scenario(path)) for path in toml_files(wanted.paths)]
         spec = policy(wanted.policy) if wanted.policy else None
         jobs = [
             Job(path, (scenario.seed if wanted.seed is None else wanted.seed) + i, wanted.policy, wanted.audit)
@@ -91,38 +84,8 @@ def simulate(wanted: Wanted) -> int:
 
 def _refuse_many(wanted: Wanted) -> None:
     of_one = wanted.plot is not None or wanted.trace is not None or wanted.explain is not None
-    if of_one and (wanted.seeds > 1 or len(scenario_files(wanted.paths)) > 1):
+    if of_one and (wanted.seeds > 1 or len(toml_files(wanted.paths)) > 1):
         raise InputError(["--plot, --trace and --explain show one run: name one scenario, and no --seeds"])
-
-
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
-def scenario_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files that `paths` name: a folder stands for the TOML files in it, by name. Raises InputError."""
-    files: list[Path] = []
-    for path in paths:
-        found = sorted(path.glob("*.toml")) if path.is_dir() else [path]
-        if not found:
-            raise InputError([Problem(str(path), ABSENT, "has no scenario in it", "name a folder of .toml files")])
-        files += found
-    return files
-
-
-def load_scenario(path: Path) -> Scenario:
-    """Return the scenario in a file. Raises InputError with every problem, each naming the file and the key."""
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError([Problem(str(path), ABSENT, f"cannot be read: {reason}", "name a scenario file")]) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError([Problem(str(path), ABSENT, f"is not TOML: {error}", "write key = value")]) from None
-    problems: list[Problem] = []
-    scenario = parse_scenario(raw, path.stem, problems, folder=path.parent)
-    if scenario is None:
-        raise InputError(f"{path}: {problem}" for problem in problems)
-    return scenario
 
 
 # --- running -----------------------------------------------------------------------------------------------------
@@ -158,7 +121,7 @@ def builder(spec: PolicySpec) -> Build:
 def _run_all(jobs: Sequence[Job], workers: int | None) -> Iterator[Verdict]:
     """Yield the verdicts in the order of the jobs, whatever order they end in."""
     n_workers = min(workers or os.cpu_count() or 1, len(jobs))
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("runs", total=len(jobs))
         with _pool(n_workers) as pool:
             verdicts = pool.map(run_job, jobs) if pool is not None else map(run_job, jobs)
@@ -176,14 +139,15 @@ def _pool(n_workers: int) -> Iterator[Executor | None]:
         yield pool
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
+    """Return a bar on standard error that is gone once it is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=new_console(sys.stderr), transient=True)
+    return Progress(*columns, console=new_console(sys.stderr), transient=True, disable=not sys.stderr.isatty())
 
 
 def _one_run(wanted: Wanted, path: Path, scenario: Scenario, job: Job, spec: PolicySpec | None) -> int:
     """Run one scenario once, with everything that can be shown of a single run."""
-    with _progress() as progress, _log(wanted.trace) as write:
+    with progress_bar() as progress, _log(wanted.trace) as write:
         task = progress.add_task(scenario.name, total=scenario.duration_ns)
         result = run_scenario(
             scenario,
@@ -234,7 +198,7 @@ def _log(path: Path | None) -> Iterator[Callable[[str], None] | None]:
 
 
 def _write(file: IO[str], line: str) -> None:
-    file.write(line + "\n")
+    file.write(line)
 
 
 def _plot(result: RunResult, path: Path) -> None:

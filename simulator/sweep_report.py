@@ -19,20 +19,23 @@ _SWEEP_COLUMNS: Mapping[str, str] = {
     "TTFT p99": "ttft_p99_ms",
     "E2E p99": "e2e_p99_ms",
     "wasted": "wasted_tokens_pct",
-    "completed": "completed",
 }
+_SLOT_TIME: Mapping[str, str] = {"slot time": "wasted_server_seconds_pct"}  # wasted as well; where there is room
+_WIDTH_MORE = 90
 
 
 def print_sweep(rows: Sequence[SweepRow], console: Console, *, reference: str = "oracle") -> None:
     """Print a sweep: a table for each scenario and load, the best p99 TTFT first, each as a ratio to `reference`."""
     cells = dict.fromkeys((row.scenario, row.load) for row in rows)
+    more = _SLOT_TIME if console.width >= _WIDTH_MORE else {}
+    columns = {**_SWEEP_COLUMNS, **more, "done": "completed"}
     for scenario, load in cells:
         here = [row for row in rows if (row.scenario, row.load) == (scenario, load)]
         here.sort(key=lambda row: (_nan_last(row.figure(_RANKED).mean), row.policy))
-        table = new_table(printable(f"{scenario} at {load:.0%} load"), "policy", *_SWEEP_COLUMNS, f"x {reference}")
+        table = new_table(printable(f"{scenario} at {load:.0%} load"), "policy", *columns, f"x {reference}")
         for row in here:
             times = ratio_to(rows, row, _RANKED, reference)
-            values = (_sweep_text(name, row.figure(name), console) for name in _SWEEP_COLUMNS.values())
+            values = (_sweep_text(name, row.figure(name), console) for name in columns.values())
             add(table, row.policy, *values, "-" if math.isnan(times) else f"{times:.2f}")
         show(console, table)
     runs = [row.figure("requests").runs for row in rows]
@@ -80,8 +83,8 @@ def sweep_csv(rows: Sequence[SweepRow], names: Iterable[str] | None = None) -> s
     return out.getvalue()
 
 
-def sweep_json(rows: Sequence[SweepRow]) -> str:
-    """Return a sweep as one JSON object on one line."""
+def sweep_json(rows: Sequence[SweepRow], violations: Sequence[str] = ()) -> str:
+    """Return a sweep as one JSON object on one line, with what went wrong in it."""
     cells = [
         {
             "scenario": row.scenario,
@@ -94,4 +97,4 @@ def sweep_json(rows: Sequence[SweepRow]) -> str:
         }
         for row in rows
     ]
-    return json.dumps({"cells": cells}, allow_nan=False)
+    return json.dumps({"cells": cells, "violations": list(violations)}, allow_nan=False)

@@ -25,7 +25,7 @@ from lbio.settings import AppConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOOD = '[[servers]]\nurl = "http://gpu1:11434"\nname = "gpu1"\n'
-COMMANDS = ("run", "check", "init", "fleet", "replay", "simulate")
+COMMANDS = ("run", "check", "init", "fleet", "replay", "simulate", "bench")
 
 
 @pytest.fixture
