@@ -118,9 +118,8 @@ def _name(fields: _Fields) -> str | None:
 def _runner_key(options: Any) -> str:
     if options is None:
         return ""
-    return runner_key(
-        {name: _short(getattr(options, name), _OPTION_BYTES_MAX, msgspec.json.decode) for name in RUNNER_OPTIONS}
-    )
+    given = [(name, raw) for name in RUNNER_OPTIONS if (raw := getattr(options, name))]
+    return runner_key({name: _short(raw, _OPTION_BYTES_MAX, msgspec.json.decode) for name, raw in given})
 
 
 def _is_empty(raw: msgspec.Raw) -> bool:
