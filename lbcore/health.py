@@ -12,6 +12,9 @@ from lbcore.schema import SECOND_NS
 ALIVE_FROM = 1.0
 """A server whose health is below this is dead; a revived one starts here."""
 
+BUSY_PAUSE_NS = SECOND_NS
+"""How long others go first after a 503 from a server: it blames nobody, but asking again at once is in vain."""
+
 _BREAKS_MAX = 5  # the pause of an unreliable server doubles this often at most: 32 times the first
 
 

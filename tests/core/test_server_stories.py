@@ -140,6 +140,29 @@ def test_after_all_live_ones_a_dead_server_is_asked() -> None:
     book.started(1, AttemptKind.RETRY, "a")
 
 
+def test_who_was_busy_is_asked_last_for_a_moment_and_then_again() -> None:
+    book = fleet("a b", race=LONELY)
+
+    def served(request_id: int) -> str:
+        only = book.alone(request_id)
+        book.token(only) << CommitAttempt(request_id, only.id)
+        book.ends(only)
+        book.skip()
+        return only.server
+
+    primary = book.alone(1)
+    other = "b" if primary.server == "a" else "a"
+    book.failed(primary, Reason.BUSY, 503)
+    retry = book.started(1, AttemptKind.RETRY, other)
+    book.token(retry) << CommitAttempt(1, retry.id)
+    book.ends(retry)
+    book.skip()
+    assert {served(request_id) for request_id in range(2, 20)} == {other}
+    assert book.server(primary.server).health == 1.0
+    book.after(1100)
+    assert primary.server in {served(request_id) for request_id in range(20, 80)}
+
+
 def test_now_and_then_a_dead_server_gets_a_racers_place_and_may_be_resurrected() -> None:
     book = fleet("a b", health=HealthSettings(resurrect=1.0), race=RaceSettings(hedges_max=0))
     for _ in range(2):
