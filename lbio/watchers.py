@@ -113,7 +113,7 @@ class Watcher:
 
     def __init__(self, ending: Ending) -> None:
         self._format = _FORMATS.get(ending)
-        self.partial = b""  # the beginning of a line (of an event) whose rest has not come
+        self.partial = bytearray()  # the beginning of a line (of an event) whose rest has not come
         self.n_tokens = 0
         self.complete = ending is Ending.FRAMING  # the terminator was seen, or none is needed
         self.failed = False  # an error was seen
@@ -124,19 +124,34 @@ class Watcher:
         form = self._format
         if form is None or not data:
             return 0
-        whole = self.partial + data if self.partial else data
-        end = whole.rfind(form.separator) + len(form.separator)
+        if self.partial:
+            if self._goes_on(form, data):
+                return 0
+            data = bytes(self.partial)
+        end = data.rfind(form.separator) + len(form.separator)
         if end < len(form.separator):
-            self.partial = whole if len(whole) <= _LINE_BYTES_MAX else b""
+            self.partial = bytearray(data)
             self.at_line_start = False
             return 0
-        self.partial = whole[end:]
+        if self.partial or end < len(data):
+            self.partial = bytearray(data[end:])
         self.at_line_start = not self.partial
-        if form.suspicious.search(whole, 0, end) is not None or whole.find(form.marker, 0, end) >= 0:
-            return self._inspect(form, whole[:end])
-        n_tokens = whole.count(form.token, 0, end)
+        if form.suspicious.search(data, 0, end) is not None or data.find(form.marker, 0, end) >= 0:
+            return self._inspect(form, data[:end])
+        n_tokens = data.count(form.token, 0, end)
         self.n_tokens += n_tokens
         return n_tokens
+
+    def _goes_on(self, form: _Format, data: bytes) -> bool:
+        """Add to the line that was begun, without looking at that again; tell whether it has still not ended."""
+        partial = self.partial
+        begin = max(0, len(partial) - len(form.separator) + 1)
+        partial += data
+        if partial.find(form.separator, begin) >= 0:
+            return False
+        if len(partial) > _LINE_BYTES_MAX:
+            self.partial = bytearray()
+        return True
 
     def _inspect(self, form: _Format, lines: bytes) -> int:
         """Judge every line; neither the terminator nor an error is a token."""

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -181,3 +182,13 @@ def test_a_very_long_last_line_is_still_an_end() -> None:
     last = b'{"response":"","done":true,"context":[' + b",".join([b"12345"] * 300_000) + b"]}\n"
     pieces = [last[i : i + 65536] for i in range(0, len(last), 65536)]
     assert watched(CHAT, *pieces) == (True, False, 0)
+
+
+def test_a_long_line_in_small_pieces_is_read_in_linear_time() -> None:
+    watcher = Watcher(Ending.NDJSON_DONE)
+    began = time.perf_counter()
+    for _ in range(8000):
+        watcher.feed(b"x" * 512)
+    assert time.perf_counter() - began < 0.5
+    assert watcher.feed(b'\n{"done":true}\n') == 1
+    assert watcher.complete
