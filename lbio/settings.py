@@ -82,15 +82,15 @@ class LimitSettings:
         "are the large ones",
         64 * MIB, low=1 * KIB)
     bodies_bytes_max: int = size(
-        "all request bodies held at once; more get 503, so that memory stays bounded",
+        "all request bodies held at once, whole or not; more get 503, so that memory stays bounded",
         1 * GIB, low=1 * KIB)
     buffer_bytes_max: int = size(
         "what is held of each attempt's answer until a winner is known; then that server is not read "
         "from, and waits",
         1 * MIB, low=1 * KIB, high=1 * GIB)
     connections_max: int = count(
-        "clients connected at once; more get 503 with Retry-After. Keep it below half of `ulimit -n`: "
-        "each may need a connection to a server too",
+        "clients connected at once; more get 503 with Retry-After. Never more than half of the file descriptors "
+        "that the system allows (`ulimit -Hn`): each may need a connection to a server too",
         10_000, low=1, high=1_000_000)
 
 
