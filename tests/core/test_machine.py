@@ -55,6 +55,7 @@ PROGRESS: dict[AttemptState, tuple[type[Event], ...]] = {
     AttemptState.STREAMING: (events.FirstTokenReceived, events.StreamEnded, events.BufferFilled),
     AttemptState.COMMITTED: (events.StreamEnded,),
 }
+ANSWERS = (events.FirstTokenReceived, events.BufferFilled, events.StreamEnded)
 
 
 def attempt_event(kind: type[Event], attempt_id: int) -> Event:
@@ -219,6 +220,7 @@ class Machine(RuleBasedStateMachine):
         self.now_ns = 0
         self.n_requests = self.n_added = 0
         self.disk: dict[int, set[str]] = {}  # what each server has said last that it has
+        self.answered: set[tuple[int, str | None]] = set()  # who has answered with a model, whatever it had said
         self.done(self.balancer.handle_timeout(0))
         if synced:
             for server in list(self.balancer.fleet):
@@ -232,6 +234,9 @@ class Machine(RuleBasedStateMachine):
         if isinstance(event, events.RequestArrived) and event.request_id > self.n_requests:
             self.n_requests = event.request_id
             self.model.open.add(event.request_id)
+        attempt = self.balancer.ledger.attempts.get(getattr(event, "attempt_id", 0))
+        if attempt is not None and isinstance(event, ANSWERS):
+            self.answered.add((attempt.server.id, attempt.request.model))
         before = self.holders()
         self.done(self.balancer.handle(event, self.now_ns), before)
 
@@ -254,7 +259,7 @@ class Machine(RuleBasedStateMachine):
             name = attempt.request.model if attempt is not None else None
             if name in ON_DISK:
                 better = before[name] & after[name]
-                assert not better or command.server_id in before[name] | after[name] or self._dead(command), (
+                assert not better or command.server_id in before[name] | after[name] or self._dead(command, name), (
                     f"{command} lacks {name}, {better} have it"
                 )
             retries = sum(
@@ -267,10 +272,12 @@ class Machine(RuleBasedStateMachine):
         assert self.model.probes == {s.id: s.probe_id for s in self.balancer.fleet if s.probe_id}
         self.auditor.check(commands, self.now_ns)
 
-    def _dead(self, command: cmd.StartAttempt) -> bool:
+    def _dead(self, command: cmd.StartAttempt, name: str) -> bool:
         """Tell whether a server that is tried for its resurrection had the model when it was alive."""
         server = self.balancer.fleet.servers.get(command.server_id)
-        return server is not None and not server.is_alive and "m:latest" in self.disk.get(server.id, ())
+        if server is None or server.is_alive:
+            return False
+        return name in self.disk.get(server.id, ()) or (server.id, name) in self.answered
 
     def attempt_ended(self, attempt_id: int) -> None:
         """An attempt has ended on the driver's side: the core learns of it now."""
