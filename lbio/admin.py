@@ -22,6 +22,7 @@ from lbio.settings import AdminAccess
 from lbio.status import as_table, server_status, status
 
 _SERVERS = "/servers/"
+_BODY_BYTES_MAX = 65536
 
 
 def _error(code: int, message: str) -> LocalAnswer:
@@ -144,6 +145,8 @@ def _has_local_origin(head: RequestHead) -> bool:
 def _parse_addition(body: bytes) -> ServerSettings | LocalAnswer:
     """Return the server that a body `{"url": …, "name": …}` names, or the error that says what is wrong with it."""
     example = '{"url": "http://gpu3:11434", "name": "gpu3"}'
+    if len(body) > _BODY_BYTES_MAX:  # objects take many times the memory of their text
+        return _error(413, f"the body is larger than {_BODY_BYTES_MAX} bytes; send {example}")
     try:
         given = json.loads(body)
     except (ValueError, RecursionError) as error:

@@ -274,6 +274,12 @@ async def test_a_name_may_be_escaped() -> None:
         assert (await rig.ask("DELETE", "/servers/gpu%3A1")).status == 200
 
 
+async def test_a_body_too_large_for_a_server_is_not_looked_at() -> None:
+    async with balanced(specs("a")) as rig:
+        answer = await add(rig, {"url": "http://b", "x": [{}] * 100_000})
+        assert (answer.status, "larger than 65536 bytes" in error_of(answer)) == (413, True)
+
+
 # --- /sync_servers ---------------------------------------------------------------------------------------------
 
 
