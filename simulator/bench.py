@@ -164,8 +164,12 @@ def _draw(rows: Sequence[SweepRow], prefix: Path) -> None:
     suffix = prefix.suffix if prefix.suffix in {".png", ".svg", ".pdf"} else ".png"
     stem = prefix.with_suffix("") if prefix.suffix == suffix else prefix
     by_load, pareto = (stem.with_name(f"{stem.name}-{what}{suffix}") for what in ("load", "pareto"))
+    loads: dict[str, set[float]] = {}
+    for row in rows:
+        loads.setdefault(row.scenario, set()).add(row.load)
+    lines = [row for row in rows if len(loads[row.scenario]) > 1]  # a line needs two points
     try:
-        plot_sweep(rows, by_load)
+        plot_sweep(lines or rows, by_load)
         plot_pareto(rows, pareto)
     except PlotError as error:
         raise InputError([f"--plot: {error}"]) from None

@@ -42,6 +42,7 @@ ONE_AFTER_ANOTHER = [
 FLEET = "ollama-lb fleet configs/demo.toml"
 ALL_SCENARIOS = "ollama-lb simulate configs/scenarios"  # tests/simulator/test_scenarios.py runs each of them
 SIMULATED = [command for command in COMMANDS if command.startswith("ollama-lb simulate") and command != ALL_SCENARIOS]
+BENCH = "ollama-lb bench configs/bench/quick.toml"
 AGAINST_THE_DEMO = [command for command in COMMANDS if command.startswith("curl")]
 
 
@@ -74,7 +75,17 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def test_each_command_is_accounted_for() -> None:
-    known = {*BY_CI, INSTALL_AND_RUN, *STARTED, *ONE_AFTER_ANOTHER, FLEET, ALL_SCENARIOS, *SIMULATED, *AGAINST_THE_DEMO}
+    known = {
+        *BY_CI,
+        INSTALL_AND_RUN,
+        *STARTED,
+        *ONE_AFTER_ANOTHER,
+        FLEET,
+        ALL_SCENARIOS,
+        BENCH,
+        *SIMULATED,
+        *AGAINST_THE_DEMO,
+    }
     assert [command for command in COMMANDS if command not in known] == []
     assert known <= set(COMMANDS)
 
@@ -116,6 +127,14 @@ def test_a_simulation_ends_well(command: str, tmp_path: Path) -> None:
     assert "one-server-hangs" in done.stdout
     assert done.stderr == ""
     assert (tmp_path / "run.png").exists() == ("--plot" in command)
+
+
+def test_a_bench_ranks_the_policies() -> None:
+    words = [*OLLAMA_LB, *shlex.split(BENCH)[1:]]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=240)
+    assert "slow-x20 at 31% load" in done.stdout
+    assert "healthy at 85% load" in done.stdout
+    assert done.stderr == ""
 
 
 def test_fleet_prints_the_addresses() -> None:
