@@ -110,8 +110,8 @@ class SelectionSettings:
 
     policy: Policy = setting(
         Kind.CHOICE,
-        "expected-first-token ranks by queue, load and first-token estimates, then samples by health; "
-        "health samples by health alone, loaded models first",
+        "expected-first-token ranks by queue, load and first-token estimates, then by what is in flight for the "
+        "slots, then samples by health; health samples by health alone, loaded models first",
         Policy.EXPECTED,
     )
     forget_ns: int = duration(

@@ -207,6 +207,9 @@ def _candidates(
     front = [s for s in drawn if not selection.is_passed_over(s, now_ns)] or drawn
     first_rank = min((ranks[server.id] for server in front), default=0)
     front = [server for server in front if ranks[server.id] == first_rank]
+    if balancer.config.selection.policy is not Policy.HEALTH:
+        least = min((selection.load_of(server) for server in front), default=0)
+        front = [server for server in front if selection.load_of(server) == least]
     total = sum(weights[server.id] for server in front) or 1.0
     known = [record.known_ns for server in holders if (record := _record(server, request)) and record.known_ns]
     best_ns = min(known, default=TTFT_UNKNOWN_NS)
@@ -258,7 +261,7 @@ def _ranks(balancer: LoadBalancer, drawn: list[Server], request: Request, now_ns
     if not drawn or model is None or not request.generates:
         return [0] * len(drawn)
     held = [server.models[model] for server in drawn]
-    return selection._ranks(drawn, held, request, balancer.config, now_ns)  # noqa: SLF001
+    return selection.ranks_of(drawn, held, request, balancer.config, now_ns)
 
 
 def _expected_ns(
@@ -315,7 +318,13 @@ def _why_not(balancer: LoadBalancer, server: Server, request: Request, rivals: _
     rank, first = rivals.ranks.get(server.id, 0), rivals.first_rank()
     if rank > first:
         return f"outranked: rank {rank} against {first}, each step doubles the expected first-token time"
-    return f"not drawn first; {_why_no_racer(balancer, server, request, rivals)}"
+    ahead = balancer.fleet.servers.get(rivals.started[0][3])
+    by_load = balancer.config.selection.policy is not Policy.HEALTH and ahead is not None
+    if by_load and ahead is not None and selection.load_of(server) > selection.load_of(ahead):
+        how = f"more in flight for its slots than {ahead.name}"
+    else:
+        how = "not drawn first"
+    return f"{how}; {_why_no_racer(balancer, server, request, rivals)}"
 
 
 def _why_no_racer(balancer: LoadBalancer, server: Server, request: Request, rivals: _Rivals) -> str:

@@ -1,10 +1,11 @@
 """Who is asked, and in which order (pure; the random generator is passed in).
 
-Candidates are ranked by the first-token time to be expected of them, in steps of a factor of two, and sampled within a
-rank by health: weighted sampling without replacement, one after the other, as far as it is asked for (the order has the
-distribution of Efraimidis & Spirakis 2006, which draws for all at once). A server's weight is shared by what is in
-flight on it, or the healthiest would get all until it is full. So a server that is a little slower keeps its share, and
-one that is far slower, must load the model first or has a queue is asked when the others cannot.
+Candidates are ranked by the first-token time to be expected of them, in steps of a factor of two; within a rank those
+with the least in flight for their slots come first; among these they are sampled by health: weighted sampling without
+replacement, one after the other, as far as it is asked for (the order has the distribution of Efraimidis & Spirakis
+2006, which draws for all at once). So a server that is a little slower keeps its share, and one that is far slower, must
+load the model first or has a queue is asked when the others cannot. That the least loaded come before the healthiest is
+what docs/policies.md measures. With `policy = "health"` a server's health is divided by what is in flight on it instead.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lbcore.records import LOAD_UNKNOWN_NS, SERVICE_UNKNOWN_NS, TTFT_UNKNOWN_NS,
 from lbcore.states import Reliability
 
 _LAST_RANKS = 1000  # behind all others, in the same order among themselves
+_LOADS = 1 << 40  # more than any load: the rank decides first
 _WEIGHT_MIN = 1e-6  # of a server that has never been alive
 _RELIABLE = Reliability.RELIABLE  # bound once: a look-up in the enum's class costs more than what it is used for
 _SECOND_CHANCE = Reliability.SECOND_CHANCE
@@ -106,11 +108,18 @@ def order(
     if model is None or not request.generates:
         ranks = [0] * len(candidates)
     else:
-        ranks = _ranks(candidates, records or [s.models[model] for s in candidates], request, config, now_ns)
+        ranks = ranks_of(candidates, records or [s.models[model] for s in candidates], request, config, now_ns)
     for i, server in enumerate(candidates):
         if server.reliability is not _RELIABLE and is_passed_over(server, now_ns):
             ranks[i] += _LAST_RANKS
+    if config.selection.policy is not _BY_HEALTH:
+        ranks = [rank * _LOADS + load_of(server) for rank, server in zip(ranks, candidates, strict=True)]
     return Drawn(candidates, ranks, rng)
+
+
+def load_of(server: Server) -> int:
+    """Return what is in flight on a server, in 1024ths of its slots."""
+    return (server.in_flight << 10) // server.slots
 
 
 class Drawn(Sequence[Server]):
@@ -164,7 +173,7 @@ class Drawn(Sequence[Server]):
         return group.pop(i)
 
 
-def _ranks(
+def ranks_of(
     candidates: Sequence[Server], records: Sequence[ServerModel], request: Request, config: Config, now_ns: int
 ) -> list[int]:
     """Return for each candidate how often its expected first-token time doubles the best one's."""

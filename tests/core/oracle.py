@@ -9,21 +9,28 @@ from lbcore.records import LOAD_UNKNOWN_NS, SERVICE_UNKNOWN_NS, TTFT_UNKNOWN_NS,
 from lbcore.states import Reliability
 
 
-def rank(server: Server, candidates: list[Server], request: Request, config: Config, now_ns: int) -> tuple[bool, int]:
-    """Return what a candidate is ranked by: passed over or not, then how often its time doubles the soonest one's."""
+def rank(
+    server: Server, candidates: list[Server], request: Request, config: Config, now_ns: int
+) -> tuple[bool, int, float]:
+    """Return what a candidate is ranked by.
+
+    Passed over or not, then how often its time doubles the soonest one's, then (unless health decides alone) how much is
+    in flight for its slots.
+    """
+    load = 0.0 if config.selection.policy is Policy.HEALTH else server.in_flight * 1024 // server.slots
     passed_over = server.reliability is not Reliability.RELIABLE and (
         now_ns < server.trusted_from_ns or (server.reliability is Reliability.SECOND_CHANCE and server.in_flight > 0)
     )
     if request.model is None or not request.generates:
-        return passed_over, 0
+        return passed_over, 0, load
     if config.selection.policy is Policy.HEALTH:
-        return passed_over, 0 if server.models[request.model].is_warm(request.runner_key) else 1
+        return passed_over, 0 if server.models[request.model].is_warm(request.runner_key) else 1, load
     soonest_ns = max(1.0, min(_expected_ns(other, candidates, request, config, now_ns) for other in candidates))
     expected_ns = _expected_ns(server, candidates, request, config, now_ns)
     doublings = 0
     while expected_ns >= soonest_ns * 2 ** (doublings + 1):
         doublings += 1
-    return passed_over, doublings
+    return passed_over, doublings, load
 
 
 def _expected_ns(server: Server, candidates: list[Server], request: Request, config: Config, now_ns: int) -> float:
