@@ -105,11 +105,23 @@ class Attempts:
             self._ledger.expect_by(attempt, now_ns + self._config.timeouts.silence_ns)
             self._settle(attempt.request, now_ns)
 
-    def end_loads(self, server: Server, now_ns: int) -> None:
-        """Cancel what goes on for the sake of a load alone, now that the server lists the model as loaded."""
-        for attempt in [a for a in self._ledger.attempts.values() if a.detached and a.server is server]:
-            if attempt.target is not None and attempt.target.active is not None:
-                self._ledger.cancel(attempt, Reason.LOST_RACE, "its model is loaded now", now_ns)
+    def look_at_loads(self, server: Server, now_ns: int) -> None:
+        """A server was read: end what went on for the sake of a load that is done, and see who makes it load now.
+
+        That is whoever came first of those that wait for a model it has not loaded, or has with other options.
+        """
+        waiting = [a for a in self._ledger.attempts.values() if a.server is server and a.loads]
+        with_loader = [a.target for a in waiting if a.loader]
+        for attempt in waiting:
+            target = attempt.target
+            if target is None:
+                continue
+            if target.is_warm(attempt.request.runner_key):
+                if attempt.detached and target.active is not None:
+                    self._ledger.cancel(attempt, Reason.LOST_RACE, "its model is loaded now", now_ns)
+            elif not any(known is target for known in with_loader):
+                attempt.loader = True
+                with_loader.append(target)
 
     def on_measure_timer(self, request_id: int, now_ns: int) -> None:
         """The window in which tokens are counted is over."""

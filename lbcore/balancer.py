@@ -155,7 +155,7 @@ class LoadBalancer:
     def _on_models_synced(self, event: events.ModelsSynced, now_ns: int) -> None:
         server = self.fleet.on_models_synced(event, now_ns)
         if server is not None:
-            self._attempts.end_loads(server, now_ns)
+            self._attempts.look_at_loads(server, now_ns)
         self.ledger.room_made = True
 
     def _on_server_added(self, event: events.ServerAdded, now_ns: int) -> None:

@@ -114,6 +114,8 @@ class Ledger:
         self._fleet.note_first_token(attempt, now_ns)
         if attempt.target is not None:
             attempt.target.loading -= attempt.cold
+            if attempt.target.loading:
+                self._pass_on_load(attempt)
 
     def release(self, attempt: Attempt) -> None:
         """Give back what an ended attempt held."""
@@ -135,10 +137,16 @@ class Ledger:
         if server.state is _DRAINING:
             self._fleet.forget_if_drained(server)
 
-    def _pass_on_load(self, gone: Attempt) -> None:
-        """Ollama loads for the request that came first; if that goes, for the next one."""
+    def _pass_on_load(self, served: Attempt) -> None:
+        """Ollama loads for the request that came first; when that is served or goes, for the next that needs a load.
+
+        Those with the same options do not, once it is loaded.
+        """
+        target = served.target
+        if target is None:
+            return
         for attempt in self.attempts.values():
-            if attempt.target is gone.target and attempt.loads:
+            if attempt.target is target and attempt.loads and not target.is_warm(attempt.request.runner_key):
                 attempt.loader = True
                 return
 

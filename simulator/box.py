@@ -7,6 +7,7 @@ answered, breaks as the faults have it, or leaves.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Protocol
 
 from lbcore.events import ActiveModel, ModelInfo, Reason
@@ -76,6 +77,7 @@ class Box:
         self._keep_alive_ns = round(spec.keep_alive_s * NS_PER_S)
         self._visitors: dict[int, Visitor] = {}
         self._hung: dict[int, Visitor] = {}
+        self._held_probes: list[Callable[[], None]] = []
         self._effect = Effect()
         self._silent = False
         self._wake_ns: int | None = None
@@ -91,6 +93,13 @@ class Box:
     def is_up(self) -> bool:
         """Whether it accepts connections."""
         return not self._effect.down and not self._silent
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it works for nobody."""
+        fake = self.fake
+        works = fake.pending or fake.current or fake.loading or any(not runner.idle for runner in fake.runners.values())
+        return not self._visitors and not works
 
     # --- what balancers do -----------------------------------------------------------------------------------
 
@@ -121,6 +130,11 @@ class Box:
     def hangs_probes(self) -> bool:
         """Whether a probe gets no answer."""
         return self._silent or self._effect.replaces(generates=False) is FaultKind.HANG
+
+    def hold_probe(self, go_on: Callable[[], None]) -> None:
+        """Let a probe wait until the faults change; without power, nobody ever thinks of it again."""
+        if not self._silent:
+            self._held_probes.append(go_on)
 
     def models(self) -> tuple[tuple[ModelInfo, ...], tuple[ActiveModel, ...]]:
         """Return what is on disk and what is loaded, as a probe reads it."""
@@ -164,6 +178,10 @@ class Box:
         was_up = self.is_up
         self._take(self.fake.advance(now_ns))
         self._effect, self._silent = effect, silent
+        held, self._held_probes = self._held_probes, []
+        if not silent:
+            for go_on in held:
+                go_on()
         if was_up and not self.is_up:
             self._die(now_ns)
             return

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 from lbcore.balancer import LoadBalancer
 from lbcore.commands import Command
+from lbcore.config import Config
 from lbcore.errors import InvariantError
 from lbcore.events import Event
 from lbcore.invariants import Auditor
 from lbcore.schema import SECOND_NS
 from simulator.promises import Promises
-from simulator.results import RunResult
+from simulator.results import Outcome, RunResult
 from simulator.world import World
 
 _VIOLATIONS_MAX = 20  # one defect is seen again and again; the first ones tell most
+_SHOWN = 100  # of an event
 
 
 class Safety:
@@ -40,14 +42,19 @@ class Safety:
         except InvariantError as error:
             problems.append(str(error))
         if problems:
-            when = f"at {now_ns / SECOND_NS:.6f} s, after {event or 'a timeout'}"
+            when = f"at {now_ns / SECOND_NS:.6f} s, after {str(event or 'a timeout')[:_SHOWN]}"
             self._result.violations += [f"{when}: {problem}" for problem in problems]
 
 
 def is_settled(world: World) -> bool:
-    """Tell whether nothing is left to wait for: clients have their outcome, servers are healthy, no attempt runs."""
+    """Tell whether nothing is left to wait for: clients have their outcome, servers are healthy and work for nobody."""
     balancer = world.balancer
-    return world.is_over and not balancer.ledger.attempts and all(server.is_alive for server in balancer.fleet)
+    return (
+        world.is_over
+        and not balancer.ledger.attempts
+        and all(server.is_alive for server in balancer.fleet)
+        and all(box.is_idle for box in world.boxes.values())
+    )
 
 
 def check_liveness(world: World, settle_ns: int) -> list[str]:
@@ -64,4 +71,29 @@ def check_liveness(world: World, settle_ns: int) -> list[str]:
     ledger = world.balancer.ledger
     if not unfinished and ledger.attempts:
         problems.append(f"{after}, attempts live whose requests are over: {list(ledger.attempts.values())[:10]}")
+    elif not unfinished:
+        busy = [box for box in world.boxes.values() if not box.is_idle]
+        problems += [f"{after}, {box} still works, for nobody" for box in busy]
     return problems
+
+
+def check_recovery(result: RunResult, config: Config, end_ns: int) -> list[str]:
+    """Return which clients were not served though they came when everything had been well for long, in words.
+
+    A balancer whose timeouts are short, or that may look for a dead server seldom, owes them nothing; and it may say
+    that it is full, or that nobody has the model.
+    """
+    probe = config.probe
+    looks_ns = probe.interval_dead_max_ns + probe.timeout_ns
+    if config.timeouts.first_token_warm_ns < _PATIENT_NS or looks_ns > _RECOVERED_NS:
+        return []
+    late = (request for request in result.requests if request.ask.arrives_ns >= end_ns + _RECOVERED_NS)
+    return [
+        f"request {request.ask.id} came when all was well again, and failed: {request.status} {request.why}"
+        for request in late
+        if request.outcome is Outcome.FAILED and request.status not in {404, 503}
+    ]
+
+
+_RECOVERED_NS = 20 * SECOND_NS
+_PATIENT_NS = 10 * SECOND_NS

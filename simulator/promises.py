@@ -76,7 +76,9 @@ class Promises:
         self._waiting: dict[int, Call] = {}
         self._call_of: dict[int, Call] = {}  # by live attempt, also of requests that are over
         self._starts: dict[int, StartAttempt] = {}  # live attempts
-        # by server and model: attempts that wait for a load with their options, and the options it was last loaded with
+        # by server and model: attempts that came when it was not loaded as they want it, with their options; those of
+        # them that wait for a load; and the options that it was last loaded with
+        self._cold: dict[tuple[int, str], dict[int, str]] = defaultdict(dict)
         self._loads: dict[tuple[int, str], dict[int, str]] = defaultdict(dict)
         self._loaded_as: dict[tuple[int, str], str] = {}
         self._n_arrived = 0
@@ -116,10 +118,11 @@ class Promises:
             case ev.FirstTokenReceived(attempt_id) | ev.BufferFilled(attempt_id):
                 call_ = self._call_of.get(attempt_id)
                 if call_ is not None:
-                    self._loaded(self._server_of(attempt_id), call_.model, call_.options)
+                    server_id = self._server_of(attempt_id)
+                    self._cold[server_id, call_.model].pop(attempt_id, None)
+                    self._loaded(server_id, call_.model, call_.options)
             case ev.ModelsSynced(server_id, active=active):
-                for model in active:
-                    self._loaded(server_id, canonical_model(model.name), None)
+                self._on_synced(server_id, [canonical_model(model.name) for model in active])
             case ev.StreamEnded(attempt_id):
                 self._failures.pop(self._server_of(attempt_id), None)
                 ended = self._end(attempt_id)
@@ -147,7 +150,8 @@ class Promises:
         """Forget an attempt that has ended."""
         start, call = self._starts.pop(attempt_id, None), self._call_of.pop(attempt_id, None)
         if start is not None and call is not None:
-            self._loads[start.server_id, call.model].pop(attempt_id, None)
+            for of in (self._loads, self._cold):
+                of[start.server_id, call.model].pop(attempt_id, None)
             call.live.pop(attempt_id, None)
         return call
 
@@ -158,6 +162,18 @@ class Promises:
             self._loaded_as[key] = options
         loaded_as = self._loaded_as.get(key)
         self._loads[key] = {a: o for a, o in self._loads[key].items() if loaded_as is not None and o != loaded_as}
+
+    def _on_synced(self, server_id: int, active: Sequence[str]) -> None:
+        for key in [key for key in self._cold if key[0] == server_id]:
+            answering = len(self._live_at(*key)) > len(self._cold[key])  # loaded for sure, whatever was read
+            if key[1] in active:
+                self._loaded(*key, None)
+            elif not answering:
+                self._loaded_as.pop(key, None)
+                self._loads[key] = dict(self._cold[key])
+
+    def _live_at(self, server_id: int, model: str) -> list[int]:
+        return [a for a, s in self._starts.items() if s.server_id == server_id and self._call_of[a].model == model]
 
     def _over(self, call: Call | None) -> None:
         if call is not None:
@@ -207,7 +223,8 @@ class Promises:
                 yield f"{start}: {server.name} does not have {call.model}, and {better[0]} has"
         attempt = self._balancer.ledger.attempts.get(start.attempt_id)
         if attempt is not None and attempt.cold and attempt.first_token_ns is None:
-            self._loads[start.server_id, call.model][start.attempt_id] = call.options
+            for of in (self._loads, self._cold):
+                of[start.server_id, call.model][start.attempt_id] = call.options
         if start.kind in _EXTRA and not self._is_free(start, call, attempt):
             self._n_extra += 1
             allowed = RACE_BURST + self._config.race.budget * self._n_arrived if self._config.race.budget else 0
@@ -233,11 +250,21 @@ class Promises:
             yield f"attempt {attempt_id} is cancelled, but does not run"
             return
         loads = self._loads[server_id, call.model]
-        if reason is Reason.LOST_RACE and next(iter(loads), None) == attempt_id:
+        if reason is Reason.LOST_RACE and next(iter(loads), None) == attempt_id and self._is_loaded_for(attempt_id):
             yield f"attempt {attempt_id} of {call.id} is cancelled by a lost race, and the load of {call.model} with it"
         if reason in _ITS_OWN_FAULT:
             yield from self._on_failed(attempt_id, reason)
         self._end(attempt_id)
+
+    def _is_loaded_for(self, attempt_id: int) -> bool:
+        """Tell whether the server is really loading a model for an attempt, or making room for it.
+
+        Several that wait may have overtaken each other on their way to the server, which the balancer cannot know.
+        """
+        name = self._balancer.fleet.servers[self._server_of(attempt_id)].name
+        fake = self._boxes[name].fake
+        job = fake.loading.job if fake.loading is not None else fake.current
+        return job is not None and job.id == attempt_id
 
     def _on_bad_end(self, command: Command, request_id: int, commands: Sequence[Command], now_ns: int) -> Iterator[str]:
         call = self._calls.get(request_id)

@@ -20,7 +20,7 @@ from lbcore.parsing import ABSENT, Keys, Problem, parse_table
 from lbcore.schema import SECOND_NS, Kind, count, duration, fields_of, join, keys_of, ratio, section, setting, size
 from simulator.asks import Source
 from simulator.box import Box
-from simulator.checkers import Safety, check_liveness, is_settled
+from simulator.checkers import Safety, check_liveness, check_recovery, is_settled
 from simulator.expect import Expectation, parse_expect
 from simulator.faults import Fault, FaultKind
 from simulator.fleet import FaultTable, parse_fault, parse_fleet
@@ -133,6 +133,7 @@ def run_scenario(
     result.violations += check_liveness(world, scenario.settle_ns)
     if audit:
         result.violations += promises.at_end(kernel.now_ns)
+        result.violations += check_recovery(result, scenario.config, scenario.duration_ns)
     world.finish()
     result.bands += _bands(scenario)
     return result

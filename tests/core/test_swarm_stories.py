@@ -1,0 +1,36 @@
+"""Stories that the swarm of random scenarios has found (`ollama-lb simulate --swarm`), told as short as they get."""
+
+from __future__ import annotations
+
+from lbcore import events
+from lbcore.commands import CommitAttempt
+from tests.playbook import Playbook, RaceSettings, fleet, loaded, lost, models
+
+PAIR = RaceSettings(racers_min=2, hedges_max=0)
+LARGE = '{"num_ctx":8192}'
+
+
+def waits_for_a_load_with_other_options() -> tuple[Playbook, int]:
+    """Let b load m twice, for two requests with different options: the first load is done, the second under way."""
+    book = fleet("a b", active="m", race=PAIR)
+    book.model("b").loaded = False
+    first, loader = book.race(1)
+    other, waiting = book.race(2, runner_key=LARGE)
+    assert (loader.server, waiting.server) == ("b", "b")
+    book.token(loader) << book.probed("b") << CommitAttempt(1, loader.id) << lost(first)
+    book.token(other) << CommitAttempt(2, other.id)  # and `waiting`, for which b loads now, goes on
+    return book, waiting.id
+
+
+def test_a_lost_race_cancels_no_load_that_other_options_have_made_necessary() -> None:
+    book, waiting = waits_for_a_load_with_other_options()
+    assert book.balancer.ledger.attempts[waiting].detached
+
+
+def test_a_load_with_other_options_goes_on_though_the_model_is_listed_as_loaded() -> None:
+    book, waiting = waits_for_a_load_with_other_options()
+    server = book.server("b")
+    book >> events.ProbeCompleted(server.id, server.probe_id)
+    book >> events.ModelsSynced(server.id, server.last_probe_id, models("m"), loaded("m"))
+    book.done()
+    assert waiting in book.balancer.ledger.attempts
