@@ -15,6 +15,7 @@ from lbcore.requests import Requests
 from lbcore.schema import SECOND_NS
 from lbcore.states import AttemptInput, AttemptState, Reliability, ReliabilityInput, RequestInput, RequestState
 from lbcore.timers import TimerKind, Timers
+from lbcore.units import counted
 
 # Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
 _CONNECTED, _HEAD, _FIRST_TOKEN = AttemptInput.CONNECTED, AttemptInput.HEAD, AttemptInput.FIRST_TOKEN
@@ -220,7 +221,7 @@ class Attempts:
         for server, failure in request.suspects:
             if server.id in self._fleet.servers and server is not attempt.server:
                 self._fail_server(server, failure, now_ns)
-        why = f"{attempt.n_tokens} tokens" if attempt.n_tokens else ""
+        why = counted(attempt.n_tokens, "token") if attempt.n_tokens else ""
         self._ledger.end(request, _FINISH, _FINISHED, why, now_ns, attempt.server.name)
 
     def on_failed(self, event: events.AttemptFailed, now_ns: int) -> None:
@@ -302,7 +303,7 @@ class Attempts:
             request,
             RequestInput.FAIL,
             Decision.FAILED,
-            f"{failure} after {attempt.n_tokens} tokens",
+            f"{failure} after {counted(attempt.n_tokens, 'token')}",
             now_ns,
             server=server.name,
         )

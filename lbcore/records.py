@@ -286,7 +286,8 @@ class Failure:
     def words(self) -> str:
         """What happened, without saying where."""
         status = f" {self.status}" if self.status >= 400 else ""
-        return f"{self.reason}{status}{': ' if self.detail else ''}{self.detail}"
+        detail = self.detail.removeprefix(f"{self.status} ")  # "404 page not found"
+        return f"{self.reason}{status}{': ' if detail else ''}{detail}"
 
 
 class Request:

@@ -9,6 +9,7 @@ from lbcore.commands import AbortRequest, AttemptKind, CancelAttempt, CommitAtte
 from lbcore.config import Winner
 from lbcore.events import Reason
 from lbcore.ollama import RequestKind
+from lbcore.records import Failure
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.states import Reliability
 from tests.playbook import (
@@ -341,3 +342,26 @@ def test_a_detached_load_ends_when_the_model_is_seen_loaded() -> None:
     book >> events.SyncRequested()
     book.skip()
     book.sync("b") << lost(loader)  # else it would generate a whole answer for nobody
+
+
+def test_one_token_is_one_token_in_the_log() -> None:
+    book = fleet("a", race=LONELY)
+    for i, breaks in enumerate((False, True), 1):
+        only = book.alone(i)
+        book.token(only) << CommitAttempt(i, only.id)
+        book.tokens(only, 1)
+        if breaks:
+            book.failed(only, Reason.RESET)
+        else:
+            book.ends(only)
+        told = [record.why for record in book._decisions if record.decision in {Decision.FINISHED, Decision.FAILED}]
+        assert [why.rpartition(" after ")[2] for why in told] == ["1 token"]
+        book.skip()
+
+
+@pytest.mark.parametrize(("detail", "words"), [
+    ("404 page not found", "the request was refused 404: page not found"),
+    ("no", "the request was refused 404: no"), ("", "the request was refused 404"),
+])  # fmt: skip
+def test_the_status_is_told_once(detail: str, words: str) -> None:
+    assert Failure("a", Reason.CLIENT_ERROR, 404, detail).words == words
