@@ -117,6 +117,22 @@ async def connect(host: str, port: int) -> SocketStream:
     raise failures[0]
 
 
+class _TLSStream(TLSStream):
+    """One whose peer may speak nonsense after the handshake: that is a broken connection like any other."""
+
+    async def receive(self, max_bytes: int = RECEIVE_BYTES) -> bytes:
+        try:
+            return await super().receive(max_bytes)
+        except ssl.SSLError as error:
+            raise anyio.BrokenResourceError(f"TLS: {error.reason or error}") from error
+
+    async def send(self, item: bytes) -> None:
+        try:
+            await super().send(item)
+        except ssl.SSLError as error:
+            raise anyio.BrokenResourceError(f"TLS: {error.reason or error}") from error
+
+
 async def connect_tls(host: str, port: int, ssl_context: ssl.SSLContext, server_hostname: str) -> ByteStream:
     """Connect and shake hands; the certificate must be for `server_hostname` if the context checks that.
 
@@ -125,7 +141,7 @@ async def connect_tls(host: str, port: int, ssl_context: ssl.SSLContext, server_
     """
     stream = await connect(host, port)
     try:
-        return await TLSStream.wrap(
+        return await _TLSStream.wrap(
             stream,
             server_side=False,
             hostname=server_hostname,

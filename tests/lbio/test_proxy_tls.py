@@ -20,6 +20,8 @@ from lbio.streams import SocketListener, SocketStream, connect
 
 CERTIFICATE = Path(__file__).parent / "localhost.pem"
 CHAT = b'{"model":"tiny","message":{"role":"assistant","content":"hi"},"done":true}\n'
+TOKEN = CHAT.replace(b"true", b"false")
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
 ANSWERS = {
     "/api/version": b'{"version":"0.9.0"}',
     "/api/tags": b'{"models":[{"name":"tiny:latest"}]}',
@@ -40,7 +42,12 @@ async def _serve(stream: SocketStream, context: ssl.SSLContext) -> None:
         reader = Reader(tls)
         while (raw := await reader.read_head(65536, role="request")) is not None:
             head = parse_request_head(raw)
-            await reader.read_body(head, None)
+            asked = await reader.read_body(head, None)
+            if b'"nonsense"' in asked:
+                await tls.send(STREAM_HEAD + b"%x\r\n%s\r\n" % (len(TOKEN), TOKEN))
+                await anyio.sleep(0.02)
+                await stream.send(b"this is not TLS" * 10)
+                continue
             body = ANSWERS[head.path]
             kind = b"application/x-ndjson" if body is CHAT else b"application/json"
             await tls.send(
@@ -114,3 +121,14 @@ async def test_without_verification_it_is_used_with_a_warning() -> None:
 async def test_a_large_body_goes_through_while_the_answer_is_awaited() -> None:
     async with _balancer(ca_file=str(CERTIFICATE)) as (service, _):
         assert CHAT in await _chat(service, b"x" * (8 << 20))
+
+
+@pytest.mark.anyio
+async def test_what_is_not_tls_in_the_middle_breaks_the_connection(caplog: pytest.LogCaptureFixture) -> None:
+    async with _balancer(ca_file=str(CERTIFICATE)) as (service, _):
+        answer = await _chat(service, b"nonsense")
+        (server,) = service.driver.balancer.fleet
+        assert server.health < 1
+    assert b'{"error":"the stream broke: ' in answer
+    assert answer.endswith(b"0\r\n\r\n")
+    assert not [message for message in caplog.messages if "internal error" in message]
