@@ -129,7 +129,10 @@ def _is_loopback(host: str) -> bool:
 
 def _is_own_name(authority: str) -> bool:
     """Refuse names that somebody else's DNS may have pointed at this machine (DNS rebinding)."""
-    host = urlsplit(f"//{authority}").hostname or ""
+    try:
+        host = urlsplit(f"//{authority}").hostname or ""
+    except ValueError:  # such as "["
+        return False
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -139,7 +142,7 @@ def _is_own_name(authority: str) -> bool:
 
 def _has_local_origin(head: RequestHead) -> bool:
     origin = head.header(b"origin")
-    return origin is None or _is_own_name(urlsplit(origin.decode("latin-1")).netloc)
+    return origin is None or _is_own_name(origin.decode("latin-1").partition("://")[2])
 
 
 def _parse_addition(body: bytes) -> ServerSettings | LocalAnswer:
@@ -155,7 +158,7 @@ def _parse_addition(body: bytes) -> ServerSettings | LocalAnswer:
         return _error(400, f'the body has no "url"; send {example}')
     unknown = [key for key in given if key not in {"url", "name"}]
     if unknown:
-        return _error(400, f'unknown member "{unknown[0]}"; send {example}')
+        return _error(400, f"unknown member {quote(unknown[0])}; send {example}")
     name = given.get("name") or ""
     if not isinstance(name, str):
         return _error(400, f"name: {json.dumps(name)} is not a text; send {example}")

@@ -125,4 +125,7 @@ def _runner_key(options: Any) -> str:
 def _is_empty(raw: msgspec.Raw) -> bool:
     """Tell whether a member is missing, null, an empty list or an empty text."""
     text = memoryview(raw)
-    return len(text) == 0 or (len(text) <= _EMPTY_BYTES_MAX and msgspec.json.decode(text) in (None, [], ""))
+    try:
+        return len(text) == 0 or (len(text) <= _EMPTY_BYTES_MAX and msgspec.json.decode(text) in (None, [], ""))
+    except ValueError:  # bad UTF-8, which Go replaces, is not empty
+        return False

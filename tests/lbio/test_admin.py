@@ -389,3 +389,20 @@ async def test_management_answers_are_whole_on_a_kept_connection() -> None:
     assert got.count(b"HTTP/1.1 ") == 3
     assert parse(got[got.rindex(b"HTTP/1.1 ") :]).body == b"Ollama is running"
     assert json.loads(parse(got.split(b"HTTP/1.1 400")[0]).body)["servers"]
+
+
+# --- from anybody ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("header", ["Host: [", "Host: [x]", "Host: localhost\r\nOrigin: http://["])
+async def test_a_header_that_is_no_address_is_foreign(header: str) -> None:
+    async with balanced(specs("a")) as rig:
+        answer = await rig.send(f"GET /status HTTP/1.1\r\n{header}\r\nConnection: close\r\n\r\n".encode())
+    assert answer.status == 403
+
+
+async def test_a_member_that_is_half_an_emoji_is_unknown() -> None:
+    async with balanced(specs("a")) as rig:
+        answer = await add(rig, b'{"url":"http://x","\\ud800":1}')
+    assert answer.status == 400
+    assert r'unknown member "\ud800"' in error_of(answer)

@@ -51,6 +51,12 @@ def test_kind(path: str, body: dict[str, Any], kind: RequestKind) -> None:
     assert facts(body, path).kind is kind
 
 
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+def test_bad_utf8_in_a_short_text_does_not_make_it_empty(path: str) -> None:
+    found = facts(b'{"model": "m", "messages": "\xff", "prompt": "\xff"}', path)
+    assert (found.model, found.kind) == ("m", GEN)
+
+
 @pytest.mark.parametrize("body", [
     b'{"Model": "m", "messages": []}', b'{"MODEL": "m"}', b'{"name": "m"}', b'{"model": "", "name": "m"}',
     b'{"model": "m"} trailing garbage', b' \n\t{"model": "m"}{"model": "n"}', b'{"model": "m", "model": "m"}',
