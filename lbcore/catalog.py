@@ -14,7 +14,7 @@ from lbcore.events import ModelInfo
 from lbcore.ollama import canonical_model
 from lbcore.records import Server
 
-_NUMBERS = re.compile(r"\d+")
+_NUMBERS = re.compile(r"\d{1,18}")  # a longer one is compared in parts: Python reads none of thousands of digits
 
 
 def tags_json(servers: Iterable[Server]) -> bytes:

@@ -120,19 +120,25 @@ class Probe:
 def _decoded(body: bytes, kind: Any, path: str) -> Any:
     try:
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of which msgspec's errors and bad UTF-8 are some
         raise _ProbeError(Reason.GARBAGE, f"{path}: not what an Ollama answers: {error}") from error
 
 
 def _available(tags: _Models) -> tuple[ModelInfo, ...]:
-    entries = [(_entry(raw), bytes(raw).decode()) for raw in tags.models or []]
+    entries = [_entry(raw) for raw in tags.models or []]
     return tuple(ModelInfo(entry.name, entry.digest, entry.modified_at, text) for entry, text in entries)
 
 
 def _active(ps: _Models) -> tuple[ActiveModel, ...]:
-    return tuple(ActiveModel(_entry(raw).name, bytes(raw).decode()) for raw in ps.models or [])
+    entries = [_entry(raw) for raw in ps.models or []]
+    return tuple(ActiveModel(entry.name, text) for entry, text in entries)
 
 
-def _entry(raw: msgspec.Raw) -> _Entry:
-    entry: _Entry = _decoded(bytes(raw), _Entry, "a model")
-    return entry
+def _entry(raw: msgspec.Raw) -> tuple[_Entry, str]:
+    """Return what matters of a model, and all of it as it was written: msgspec has not looked at the rest."""
+    written = bytes(raw)
+    entry = _decoded(written, _Entry, "a model")
+    try:
+        return entry, written.decode()
+    except UnicodeDecodeError as error:
+        raise _ProbeError(Reason.GARBAGE, f"{entry.name}: not what an Ollama answers: {error}") from error

@@ -151,7 +151,8 @@ class Relay:
             return answer.ended
         if self._client.writing or self._unsent or not answer.streams or self._framing is Framing.LENGTH:
             return False  # the message cannot be completed: closing early is what tells the client
-        if not answer.watcher.failed:  # else the server has told of the error itself
+        # Else the server has told of the error itself, or of the end, and all that is missing is the end of the body.
+        if not (answer.watcher.failed or answer.watcher.terminated):
             break_line = b"\n\n" if self._is_line_open else b""
             tail = error_tail(self._exchange.request.shape, aborted, self._exchange.request.tag)
             await self._client.write(self._framed(break_line + tail))

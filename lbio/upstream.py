@@ -180,7 +180,7 @@ def _ssl_words(error: ssl.SSLError) -> str:
 class Answer:
     """An answer as it comes: its head, what is held of its body, how much of it there is and how it ends."""
 
-    __slots__ = ("_decoder", "_missing", "connection", "ended", "head", "held", "streams", "watcher")
+    __slots__ = ("_decoder", "_is_cut", "_missing", "connection", "ended", "head", "held", "streams", "watcher")
 
     def __init__(self, connection: Connection, head: ResponseHead, ending: Ending) -> None:
         self.connection = connection
@@ -191,6 +191,7 @@ class Answer:
         self.watcher = Watcher(ending if self.streams else Ending.FRAMING)
         self.held = bytearray()
         self._missing = head.content_length
+        self._is_cut = False
         self._decoder = ChunkedDecoder(502) if head.framing is Framing.CHUNKED else None
         self.ended = head.framing is Framing.NONE or (head.framing is Framing.LENGTH and not self._missing)
 
@@ -199,16 +200,22 @@ class Answer:
 
         Cancelling loses no byte. Raises IncompleteBody, and HttpError for a body that is not HTTP.
         """
+        broken: Exception | None = None
+        data = b""
         try:
             data = await self.connection.reader.more()
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+        except anyio.BrokenResourceError as error:
+            broken = error
+        except anyio.ClosedResourceError as error:  # by us
             raise IncompleteBody(str(error)) from error
-        if not data:
-            if self.head.framing is not Framing.CLOSE:
-                raise IncompleteBody("the connection ended inside the body")
-            self.ended = True
-            return b""
-        return self._payload(data)
+        if data:
+            return self._payload(data)
+        if self._decoder is not None and self.watcher.terminated:
+            self._is_cut = True  # all that is missing is the last chunk
+        elif broken is not None or self.head.framing is not Framing.CLOSE:
+            raise IncompleteBody(str(broken or "the connection ended inside the body")) from broken
+        self.ended = True
+        return b""
 
     def _payload(self, data: bytes) -> bytes:
         if self._decoder is not None:
@@ -228,6 +235,7 @@ class Answer:
     @property
     def verdict(self) -> Reason | None:
         """What is wrong with an answer that has ended; None: nothing."""
+        self.watcher.end()
         if self.watcher.failed:
             return Reason.ERROR_LINE
         return None if self.watcher.complete else Reason.TRUNCATED
@@ -235,7 +243,7 @@ class Answer:
     @property
     def is_reusable(self) -> bool:
         """Whether the connection may carry another request."""
-        return self.ended and self.head.keep_alive and not self.connection.half_sent
+        return self.ended and not self._is_cut and self.head.keep_alive and not self.connection.half_sent
 
 
 async def read_response_head(connection: Connection, method: str, bytes_max: int) -> ResponseHead | None:

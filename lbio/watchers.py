@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from lbcore.ollama import Ending
 
 _LINE_BYTES_MAX = 4 << 20
 """A line longer than this is not kept for inspection (the last line of /api/generate carries its whole context)."""
+
+_CRLF_SEPARATOR = b"\r\n\r\n"
 
 
 class Mark(Enum):
@@ -41,11 +43,16 @@ class _Format:
     judge: Callable[[bytes], Mark]
     marker: bytes = b"\0"
 
+    def with_crlf(self) -> _Format:
+        """Return how the same is read where lines end with CR LF."""
+        separator, token = (text.replace(b"\n", b"\r\n") for text in (self.separator, self.token))
+        return replace(self, separator=separator, token=token)
+
 
 def _judge_ndjson(line: bytes) -> Mark:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return Mark.NONE
     if not isinstance(value, dict):
         return Mark.NONE
@@ -63,20 +70,26 @@ def _judge_openai(line: bytes) -> Mark:
     The quotes of keys cannot stand in a text, whose own are escaped. The last chunk mostly has an empty delta, and so
     has what Ollama writes when its runner dies, under an empty `model` (capture: v1_chat_runner_killed_midstream).
     """
-    if line.startswith(b"data: [DONE]"):
+    if not line.startswith(b"data:"):
+        return Mark.NONE
+    value = line[5:].lstrip(b" ")  # SSE leaves the blank to the writer
+    if value.startswith(b"[DONE]"):
         return Mark.COMPLETE
-    if line.startswith(b'data: {"error":'):
+    if value.startswith(b'{"error":'):
         return Mark.FAILED
-    if not line.startswith(b"data: {") or _CONTENT.search(line) is not None:
+    if not value.startswith(b"{") or _CONTENT.search(line) is not None:
         return Mark.NONE
     return Mark.BESIDES if _OPENAI_BESIDES.search(line) is not None else Mark.NONE
 
 
 def _judge_events(complete: tuple[bytes, ...], failed: tuple[bytes, ...]) -> Callable[[bytes], Mark]:
     def judge(line: bytes) -> Mark:
-        if line.startswith(complete):
+        if not line.startswith(b"event:"):
+            return Mark.NONE
+        name = line[6:].lstrip(b" ")
+        if name.startswith(complete):
             return Mark.COMPLETE
-        return Mark.FAILED if line.startswith(failed) else Mark.NONE
+        return Mark.FAILED if name.startswith(failed) else Mark.NONE
 
     return judge
 
@@ -91,17 +104,15 @@ _FORMATS: Mapping[Ending, _Format] = {
     ),
     Ending.RESPONSE_COMPLETED: _Format(
         b"\n\n",
-        b".delta\ndata: ",
-        re.compile(rb"event: (?:response\.(?:completed|incomplete|failed)|error)"),
-        _judge_events(
-            (b"event: response.completed", b"event: response.incomplete"), (b"event: response.failed", b"event: error")
-        ),
+        b".delta\ndata:",
+        re.compile(rb"event: ?(?:response\.(?:completed|incomplete|failed)|error)"),
+        _judge_events((b"response.completed", b"response.incomplete"), (b"response.failed", b"error")),
     ),
     Ending.MESSAGE_STOP: _Format(
         b"\n\n",
-        b"event: content_block_delta\ndata: ",
-        re.compile(rb"event: (?:message_stop|error)"),
-        _judge_events((b"event: message_stop",), (b"event: error",)),
+        b"content_block_delta\ndata:",
+        re.compile(rb"event: ?(?:message_stop|error)"),
+        _judge_events((b"message_stop",), (b"error",)),
     ),
 }
 
@@ -130,6 +141,9 @@ class Watcher:
             data = bytes(self.partial)
         end = data.rfind(form.separator) + len(form.separator)
         if end < len(form.separator):
+            if form.separator == b"\n\n" and _CRLF_SEPARATOR in data:
+                self._format, self.partial = form.with_crlf(), bytearray()
+                return self.feed(data)
             self.partial = bytearray(data)
             self.at_line_start = False
             return 0
@@ -142,12 +156,23 @@ class Watcher:
         self.n_tokens += n_tokens
         return n_tokens
 
+    def end(self) -> None:
+        """Take what is left for a line: some leave out the newline at the very end."""
+        if self._format is not None and self.partial:
+            self._inspect(self._format, bytes(self.partial))
+            self.partial = bytearray()
+
+    @property
+    def terminated(self) -> bool:
+        """Whether the stream has said itself that it is complete."""
+        return self.complete and self._format is not None
+
     def _goes_on(self, form: _Format, data: bytes) -> bool:
         """Add to the line that was begun, without looking at that again; tell whether it has still not ended."""
         partial = self.partial
-        begin = max(0, len(partial) - len(form.separator) + 1)
+        begin = max(0, len(partial) - len(_CRLF_SEPARATOR) + 1)
         partial += data
-        if partial.find(form.separator, begin) >= 0:
+        if partial.find(form.separator, begin) >= 0 or partial.find(_CRLF_SEPARATOR, begin) >= 0:
             return False
         if len(partial) > _LINE_BYTES_MAX:
             self.partial = bytearray()

@@ -110,6 +110,40 @@ def test_byte_by_byte(_name: str, ending: Ending, data: bytes, expected: Verdict
     assert watched(ending, *(data[i : i + 1] for i in range(len(data)))) == expected
 
 
+EVENTS = [story for story in STORIES if story[1] not in {CHAT, Ending.NDJSON_SUCCESS}]
+
+
+@pytest.mark.parametrize(("_name", "ending", "data", "expected"), EVENTS, ids=[story[0] for story in EVENTS])
+def test_events_are_read_alike_with_cr_and_without_blanks(
+    _name: str, ending: Ending, data: bytes, expected: Verdict
+) -> None:
+    crlf, dense = data.replace(b"\n", b"\r\n"), data.replace(b"data: ", b"data:").replace(b"event: ", b"event:")
+    for written in (crlf, dense, dense.replace(b"\n", b"\r\n")):
+        assert watched(ending, written) == expected
+        assert watched(ending, *(written[i : i + 1] for i in range(len(written)))) == expected
+
+
+@pytest.mark.parametrize(("ending", "data"), [
+    (CHAT, TOKEN + DONE[:-1]), (CHAT_SSE, SSE_TOKEN + b"data: [DONE]\n"), (CHAT_SSE, SSE_TOKEN + b"data: [DONE]"),
+    (MESSAGES, MESSAGE_TOKEN + b"event: message_stop\ndata: {}\n"),
+])  # fmt: skip
+def test_what_is_left_at_the_end_is_a_line_too(ending: Ending, data: bytes) -> None:
+    watcher = Watcher(ending)
+    assert watcher.feed(data) == 1
+    assert not watcher.terminated
+    watcher.end()
+    watcher.end()
+    assert verdict(watcher) == (True, False, 1)
+    assert watcher.terminated
+
+
+def test_half_a_line_at_the_end_is_no_end() -> None:
+    watcher = Watcher(CHAT)
+    watcher.feed(TOKEN + DONE[:-3])
+    watcher.end()
+    assert verdict(watcher) == (False, False, 1)
+
+
 @given(st.data())
 def test_any_split_gives_the_same_verdict_and_count(data: st.DataObject) -> None:
     ending = data.draw(st.sampled_from(sorted(set(Ending) - {Ending.FRAMING})))
