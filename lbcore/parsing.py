@@ -60,6 +60,7 @@ class RefusedError(ValueError):
 
 
 _SHOWN_MAX = 80
+_PLAIN_BITS_MAX = 1024
 
 
 def quote(text: str) -> str:
@@ -75,7 +76,13 @@ def show(value: Any) -> str:
         return "[...]" if value else "[]"
     if isinstance(value, str):
         return quote(value if len(value) <= _SHOWN_MAX else f"{value[:_SHOWN_MAX]}...")
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else _shown_number(value)
+
+
+def _shown_number(value: Any) -> str:
+    """Return a number (or a date); one of thousands of digits, which Python writes in no other way, as hexadecimal."""
+    text = hex(value) if isinstance(value, int) and value.bit_length() > _PLAIN_BITS_MAX else str(value)
+    return text if len(text) <= _SHOWN_MAX else f"{text[:_SHOWN_MAX]}..."
 
 
 # --- one value ---------------------------------------------------------------------------------------------
@@ -128,7 +135,7 @@ _FLAGS: Mapping[str, str] = {
 def _flag(value: Any, _: Setting) -> bool:
     if isinstance(value, bool):
         return value
-    meant = _FLAGS.get(str(value).lower())
+    meant = _FLAGS.get((value if isinstance(value, str) else show(value)).lower())
     fix = f"write {meant}, without quotes" if meant else "write true or false"
     raise RefusedError("is not true or false", fix)
 
@@ -152,7 +159,7 @@ def choice_fix(value: Any, members: Sequence[str]) -> str:
 def _text(value: Any, _: Setting) -> str:
     if not isinstance(value, str):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        fix = f'write it in quotes: "{value}"' if number else "write text in quotes"
+        fix = f'write it in quotes: "{show(value)}"' if number else "write text in quotes"
         raise RefusedError("is not text", fix)
     if not value.isprintable():
         raise RefusedError("has unprintable characters in it", "write one line of plain text")

@@ -13,7 +13,7 @@ from typing import Any
 from lbcore.config import Config
 from lbcore.config_order import CORE_ORDER, Order, check_order
 from lbcore.config_routes import ROUTE_KEYS, parse_routes
-from lbcore.parsing import ABSENT, Keys, Problem, RefusedError, parse_table
+from lbcore.parsing import ABSENT, Keys, Problem, RefusedError, parse_table, show
 from lbcore.schema import fields_of, join, keys_of
 from lbio.addresses import Address, parse_listen
 from lbio.config_servers import (
@@ -166,7 +166,7 @@ def _overlay(raw: Mapping[str, Any], overrides: Overrides) -> tuple[dict[str, An
     if overrides.listen is not None:
         merged["listen"], flag_of["listen"] = overrides.listen, "--listen"
     elif isinstance(listen := merged.get("listen"), int) and not isinstance(listen, bool):
-        merged["listen"] = str(listen)
+        merged["listen"] = show(listen)
     for field, flag, table, key in _FLAGS:
         value, under = getattr(overrides, field), merged.get(table, {})
         if value is not None and isinstance(under, Mapping):
@@ -233,7 +233,8 @@ def _fleet(raw: Mapping[str, Any], overrides: Overrides, servers: Iterable[Keyed
         return ()
     named = {server.name: key for key, server in servers if server.name}
     for index, table in enumerate(tables):
-        if (name := table.get("name")) in named:
+        name = table.get("name")
+        if isinstance(name, str) and name in named:
             problems.append(Problem(f"fleet[{index}].name", name, f"is also the name of {named[name]}",
                                     "give each server a name of its own"))
     return tuple(tables)

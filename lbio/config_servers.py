@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from lbcore.config import ServerSettings
 from lbcore.parsing import ABSENT, Keys, Problem, RefusedError, parse_table, quote
 from lbcore.schema import keys_of
 from lbio.addresses import Address, ServerUrl, is_same_place, parse_name, parse_server_url
+from lbio.tls import check_ca_file
 
 _T = TypeVar("_T")
 
@@ -75,9 +77,19 @@ def _find_ca_file(text: str, key: str, problems: list[Problem], base: Path | Non
     """Return the path of a certificate file, relative ones taken from the directory of the configuration."""
     if base is None:
         return text
-    path = base / Path(text).expanduser()
-    if not path.is_file():
-        problems.append(Problem(key, text, "is no file", f"there is nothing readable at {path}"))
+    try:
+        path = base / Path(text).expanduser()
+        if not path.is_file():
+            problems.append(Problem(key, text, "is no file", f"there is nothing readable at {path}"))
+        else:
+            check_ca_file(str(path))
+    except ssl.SSLError:  # of which it says little that helps
+        problems.append(Problem(key, text, "has no certificate in it", f"{path} is to be in PEM, as text that begins "
+                                "with -----BEGIN CERTIFICATE-----"))
+    except (OSError, RuntimeError) as error:  # it may not be read; its name is too long; "~" of nobody
+        reason = getattr(error, "strerror", None) or str(error)
+        problems.append(Problem(key, text, f"cannot be read: {reason}", "name a file of certificates in PEM"))
+        return text
     return str(path)
 
 

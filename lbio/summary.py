@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lbcore.config import RouteSettings, ServerSettings, Strategy, Winner
-from lbcore.parsing import ABSENT, Problem
+from lbcore.parsing import ABSENT, Problem, show
 from lbcore.schema import format_value, walk
 from lbcore.units import counted, format_duration, format_size
 from lbio.settings import AppConfig
+
+_EXACT_BITS = 64
 
 
 def summary_lines(app: AppConfig) -> Iterator[str]:
@@ -100,4 +102,6 @@ def _problem_object(problem: Problem) -> dict[str, Any]:
     value = None if problem.value is ABSENT else problem.value
     if isinstance(value, float) and not math.isfinite(value):
         value = str(value)  # JSON has no word for it
+    elif isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > _EXACT_BITS:
+        value = show(value)  # few that read JSON hold it
     return {"key": problem.key, "value": value, "message": problem.message, "fix": problem.fix, "text": str(problem)}
