@@ -14,7 +14,6 @@ from anyio.abc import ByteStream
 
 from lbcore.config import Strategy
 from lbcore.ollama import Shape, find_route, shape_of
-from lbcore.schema import SECOND_NS
 from lbio.admin import Admin
 from lbio.attempt import AttemptRun
 from lbio.bodies import read_facts
@@ -42,6 +41,7 @@ class Front:
         self._ids: Iterator[int] = itertools.count(1)
         self.connections: dict[int, ClientConnection] = {}
         self._connection_ids: Iterator[int] = itertools.count(1)
+        self._served = anyio.Event()
 
     def next_id(self) -> tuple[int, str]:
         """Return a new request's number, and its name in headers and logs, unlike those before a restart."""
@@ -63,6 +63,7 @@ class Front:
         finally:
             del self.connections[connection_id]
             connection.close()
+            self.note_served()
 
     def drain(self) -> None:
         """Take no further request: idle connections are closed, the others after their answer."""
@@ -70,6 +71,21 @@ class Front:
         for connection in self.connections.values():
             if connection.is_idle:
                 connection.close()
+
+    @property
+    def n_busy(self) -> int:
+        """Clients that are sending a request, or have not got its whole answer yet."""
+        return sum(not connection.is_idle for connection in self.connections.values())
+
+    def note_served(self) -> None:
+        """Look again whether all are served."""
+        self._served.set()
+
+    async def wait_served(self) -> None:
+        """Wait, once draining, until every request that had begun to come is answered."""
+        while any(not connection.is_idle for connection in self.connections.values()):
+            self._served = anyio.Event()
+            await self._served.wait()
 
 
 class ClientConnection:
@@ -80,7 +96,13 @@ class ClientConnection:
         self._client = ClientStream(stream, app.client, app.limits, front.bodies)
         self._front = front
         self._driver = front.driver
-        self.is_idle = True
+        self._is_idle = True  # but for what of a request may have come
+        self._is_over = False  # no further request is read
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way, nor has begun to come."""
+        return self._is_over or (self._is_idle and not self._client.reader.buffered)
 
     def close(self) -> None:
         """Close at once."""
@@ -97,12 +119,17 @@ class ClientConnection:
         """Answer request after request."""
         try:
             while await self._serve_one() and not self._front.draining:
-                self.is_idle = True
+                self._is_idle = True
                 if self._client.reader.buffered:  # the next request is here already, but the others come first
                     await anyio.lowlevel.checkpoint()
+            self._end()
             await self._client.finish()
         except (ClientGone, anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream):
             pass
+
+    def _end(self) -> None:
+        self._is_over = True
+        self._front.note_served()
 
     async def _serve_one(self) -> bool:
         """Read and answer one request; return whether another may follow."""
@@ -112,11 +139,11 @@ class ClientConnection:
                 raw = await self._client.read_head()
                 if raw is None:
                     return False
-                self.is_idle = False
+                self._is_idle = False
                 head = parse_request_head(raw)
                 body = await self._client.read_body(head) if head.framing is not Framing.NONE else b""
             except HttpError as error:
-                self.is_idle = False
+                self._is_idle = False
                 shape = shape_of(head.path) if head is not None else Shape.NATIVE
                 retry_after_s = 1 if error.status == 503 else 0
                 answer = error_answer(shape, error.status, error.message, retry_after_s=retry_after_s)
@@ -191,6 +218,7 @@ class ClientConnection:
     async def _watch(self, exchange: Exchange, whole: anyio.CancelScope) -> None:
         await self._client.watch()
         self._driver.close(exchange)  # now, and not when the cancelled task gets its turn
+        self._end()
         whole.cancel()
 
     def _client_request(self, head: RequestHead, body: bytes) -> ClientRequest:
@@ -229,10 +257,3 @@ def _connection_header(head: RequestHead | None, *, close: bool) -> list[tuple[b
     if head is not None and head.http_version == "1.0":
         return [(b"Connection", b"keep-alive")]
     return []
-
-
-async def drained(front: Front, timeout_ns: int) -> bool:
-    """Wait until no request is under way; False when that takes longer than `timeout_ns`."""
-    with anyio.move_on_after(timeout_ns / SECOND_NS):
-        await front.driver.wait_all_answered()
-    return front.driver.n_requests == 0

@@ -27,12 +27,13 @@ from lbcore.units import counted
 from lbio import logs
 from lbio.addresses import Address, parse_listen
 from lbio.descriptors import fitted
-from lbio.downstream import Front, drained
+from lbio.downstream import Front
 from lbio.driver import Driver
 from lbio.record import RecordError, Recording
 from lbio.settings import AppConfig
 from lbio.status import align
 from lbio.streams import TCP, Network
+from lbio.tls import client_context
 
 _log = logging.getLogger("ollama_lb")
 _CUT_S = 0.5  # for error lines to be written once the drain deadline has passed
@@ -79,6 +80,15 @@ async def _main(app: AppConfig, fleet: FleetFactory | None) -> int:
     return 0
 
 
+def _check_ca_file(settings: ServerSettings) -> None:
+    """Raise OSError for an unusable ca_file, with words that say whose it is."""
+    try:
+        client_context(settings)
+    except OSError as error:
+        words = f"the ca_file {settings.ca_file} of {settings.name} cannot be used: {error.strerror or error}"
+        raise OSError(error.errno, words) from None
+
+
 def _cannot_listen(error: OSError, address: Address) -> OSError:
     """Return the same with words that say where, and what to do about it."""
     words = str(error.strerror or error)
@@ -115,6 +125,8 @@ async def start(
     Raises OSError when it cannot listen or a ca_file is unusable, RecordError when nothing can be recorded.
     """
     address = parse_listen(app.listen)
+    for settings in app.core.servers:
+        _check_ca_file(settings)  # found here and not in the task group, which would wrap the error
     try:
         listener = await network.listen(address.host, address.port)
     except OSError as error:
@@ -126,8 +138,6 @@ async def start(
         balancer = recording.begin(LoadBalancer(app.core, random.Random(seed)), seed)  # noqa: S311
         async with anyio.create_task_group() as tasks:
             driver = Driver(balancer, app, tasks, logs.Log(app.log), clock, network.connect)
-            for settings in app.core.servers:
-                driver.new_endpoint(settings)  # an unusable ca_file is found now
             front = Front(driver)
             tasks.start_soon(driver.run_timer)
             tasks.start_soon(driver.sweep_pools)
@@ -147,14 +157,16 @@ async def start(
 async def _drain(front: Front, timeout_ns: int) -> None:
     """Finish what is under way, then cut what is left with an error."""
     front.drain()
-    n_requests = front.driver.n_requests
-    if n_requests:
-        waited_for = counted(n_requests, "request")
+    if front.n_busy:
+        waited_for = counted(front.n_busy, "request")
         _log.info("shutting down: waiting up to %g s for %s", timeout_ns / SECOND_NS, waited_for)
-    if not await drained(front, timeout_ns):
-        _log.warning("shutting down: cutting %s", counted(front.driver.n_requests, "request"))
-        front.driver.dispatch(DrainDeadlinePassed())
-        await drained(front, int(_CUT_S * SECOND_NS))
+    with anyio.move_on_after(timeout_ns / SECOND_NS):
+        await front.wait_served()
+        return
+    _log.warning("shutting down: cutting %s", counted(front.n_busy, "request"))
+    front.driver.dispatch(DrainDeadlinePassed())
+    with anyio.move_on_after(_CUT_S):
+        await front.driver.wait_all_answered()
 
 
 _Signals = AsyncIterator[signal.Signals] | None

@@ -110,6 +110,33 @@ async def test_who_has_no_answer_yet_gets_an_error_when_it_is_cut() -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("n_sent", [10, 100], ids=["inside the head", "inside the body"])
+async def test_a_request_that_is_being_sent_is_waited_for(n_sent: int) -> None:
+    raw = chat_request(close=False)
+    async with balanced(specs("a"), drain_timeout="5s") as rig, client(rig) as sending:
+        await sending.send(raw[:n_sent])
+        await until(lambda: rig.service.front.n_busy == 1)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_drain, rig.service.front, rig.service.app.drain_timeout_ns)
+            await anyio.sleep(0.05)
+            await sending.send(raw[n_sent:])
+            answer = parse(await sending.rest())
+        assert answer.complete
+        assert answer.lines[-1]["done"] is True
+        assert rig.service.front.n_busy == 0
+
+
+@pytest.mark.anyio
+async def test_a_request_that_is_never_sent_whole_is_waited_for_until_the_drain_timeout() -> None:
+    async with balanced(specs("a")) as rig, client(rig) as sending:
+        await sending.send(chat_request()[:100])
+        await until(lambda: rig.service.front.n_busy == 1)
+        begun = anyio.current_time()
+        await _drain(rig.service.front, 100_000_000)
+        assert 0.09 < anyio.current_time() - begun < 0.5
+
+
+@pytest.mark.anyio
 async def test_idle_connections_are_closed_at_once() -> None:
     async with balanced(specs("a"), drain_timeout="5s") as rig, client(rig) as idle:
         await idle.send(request("GET", "/", close=False))
