@@ -355,11 +355,19 @@ def _fleet_lines(servers: Sequence[FakeServer]) -> Iterable[str]:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; nobody gets a traceback for a mistake of their own."""
+    from lbio.standard_files import give_up_output, open_closed
+
+    open_closed()
     try:
         result = cli.main(args=args, prog_name="ollama-lb", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except OSError as error:  # such as standard output on a full disk
+        give_up_output()
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {where}{error.strerror or error}", err=True)
+        return EXIT_FAILED
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     return result if isinstance(result, int) else EXIT_OK

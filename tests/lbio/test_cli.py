@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 import tomllib
 import types
 import urllib.request
@@ -22,6 +24,7 @@ from lbcore.units import format_duration
 from lbio.cli import main
 from lbio.config_file import document, load, parse
 from lbio.settings import AppConfig
+from tests.lbio.sockets_kit import free_port
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOOD = '[[servers]]\nurl = "http://gpu1:11434"\nname = "gpu1"\n'
@@ -333,3 +336,51 @@ def test_no_server_says_how_to_name_one(capsys: pytest.CaptureFixture[str]) -> N
 def test_load_of_a_config_without_flags_is_what_run_gets(service: FakeService, config: Path) -> None:
     main(["run", str(config)])
     assert service.app == load(config)
+
+
+# --- what it is started with -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["check", "init"])
+def test_a_full_disk_is_one_line_and_1(command: str, config: Path) -> None:
+    args = [command, str(config)] if command == "check" else [command]
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run([sys.executable, "-m", "lbio", *args], stdout=full, stderr=subprocess.PIPE, text=True,
+                              check=False, timeout=30)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: No space left on device"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="descriptors, signals")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_it_runs_and_ends_well_when_started_without_standard_files(closed: str) -> None:
+    port = free_port()
+    command = f'exec "{sys.executable}" -m lbio run -l 127.0.0.1:{port} -s http://127.0.0.1:1=gone {closed}'
+    with subprocess.Popen(["/bin/sh", "-c", command]) as process:
+        for _ in range(200):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 0
+
+
+def test_an_interrupt_while_it_is_loaded_is_quiet() -> None:
+    script = """if True:
+        import sys
+        class Interrupted:
+            def find_spec(self, name, path=None, target=None):
+                if name == "click":
+                    raise KeyboardInterrupt
+        sys.meta_path.insert(0, Interrupted())
+        from lbio.__main__ import main
+        sys.exit(main())"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_the_installed_program_is_the_same() -> None:
+    project = tomllib.loads((CONFIGS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"] == {"ollama-lb": "lbio.__main__:main"}
