@@ -20,6 +20,10 @@ _WRITE_BYTES = 65536
 _PIPELINED_BYTES_MAX = 65536
 _LINGER_S = 0.5
 _LINGER_BYTES_MAX = 256 << 10
+_DISCARD_S = 30.0  # as nginx does (lingering_time, lingering_timeout)
+_DISCARD_SILENCE_S = 5.0
+_DISCARD_BYTES_MAX = 1 << 30
+"""How long, how patiently and how much of a body that was refused is read: many clients send all before they look."""
 
 
 class ClientGone(Exception):  # noqa: N818  it is an outcome as much as an error
@@ -47,7 +51,18 @@ class BodyBudget:
 class ClientStream:
     """One client's connection."""
 
-    __slots__ = ("_bodies", "_held", "_limits", "_settings", "_stream", "_write_timeout_s", "peer", "reader", "writing")
+    __slots__ = (
+        "_bodies",
+        "_held",
+        "_in_body",
+        "_limits",
+        "_settings",
+        "_stream",
+        "_write_timeout_s",
+        "peer",
+        "reader",
+        "writing",
+    )
 
     def __init__(self, stream: ByteStream, settings: ClientSettings, limits: LimitSettings, bodies: BodyBudget) -> None:
         self._stream = stream
@@ -55,6 +70,7 @@ class ClientStream:
         self._limits = limits
         self._bodies = bodies
         self._held = 0
+        self._in_body = False  # the client is sending a body
         self._write_timeout_s = settings.write_timeout_ns / SECOND_NS
         self.reader = Reader(stream)
         self.writing = False  # inside a write: if that is cut short, nothing can follow it
@@ -93,6 +109,12 @@ class ClientStream:
         Raises HttpError: 408 when it stalls, 413 above the limit, 503 when all bodies together are above theirs;
         ClientGone when the client leaves inside it.
         """
+        self._in_body = True
+        body = await self._read_body(head)
+        self._in_body = False
+        return body
+
+    async def _read_body(self, head: RequestHead) -> bytes:
         limit = self._limits.body_bytes_max
         too_large = HttpError(413, f"the request body is larger than limits.body_bytes_max ({limit} bytes)")
         if head.content_length > limit:
@@ -183,14 +205,17 @@ class ClientStream:
         """Close so that the client can still read what was written last.
 
         Closing with unread input makes the kernel reset the connection, which can destroy an answer under way (RFC 9112
-        §9.6): so end our half and read for a moment what still comes.
+        §9.6): so end our half and read for a moment what still comes, or for longer the rest of a refused body.
         """
+        limit_s, bytes_max = (_DISCARD_S, _DISCARD_BYTES_MAX) if self._in_body else (_LINGER_S, _LINGER_BYTES_MAX)
         try:
             await self._stream.send_eof()
-            with anyio.move_on_after(_LINGER_S):
-                n_bytes = 0
-                while n_bytes < _LINGER_BYTES_MAX:
-                    n_bytes += len(await self._stream.receive())
+            with anyio.move_on_after(limit_s):
+                while bytes_max > 0:
+                    with anyio.fail_after(_DISCARD_SILENCE_S):
+                        bytes_max -= len(await self._stream.receive())
+        except TimeoutError:
+            pass
         except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
             pass
         self.close()

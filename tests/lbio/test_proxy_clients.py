@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from simulator.faults import Fault, FaultKind
-from tests.lbio.kit import NDJSON, Rig, balanced, chat_request, client, line, scripted, specs
+from tests.lbio.kit import LIMIT_S, NDJSON, Rig, balanced, chat_request, client, line, scripted, specs
 from tests.lbio.malformed import BEGINNINGS, CHUNKED_BODIES, REQUEST_HEADS
 from tests.lbio.sockets_kit import until
 from tests.simulator.wire import parse, request
@@ -182,6 +182,37 @@ async def test_a_client_that_sends_a_large_refused_body_still_reads_its_413() ->
     async with balanced(specs("a"), limits={"body_bytes_max": "1KiB"}) as rig:
         answer = parse(await rig.exchange([request("POST", "/api/chat", b"x" * 200_000)]))
         assert answer.status == 413
+
+
+async def test_a_client_that_sends_all_before_it_reads_still_gets_its_413() -> None:
+    async with balanced(specs("a"), limits={"body_bytes_max": "1KiB"}) as rig, client(rig) as sending:
+        await sending.send(request("POST", "/api/chat", b"x" * (20 << 20)))
+        assert parse(await sending.rest()).status == 413
+
+
+async def test_a_client_that_neither_sends_its_refused_body_nor_leaves_is_left_before_long(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lbio.client._DISCARD_SILENCE_S", 0.05)
+    async with balanced(specs("a"), limits={"body_bytes_max": "1KiB"}) as rig, client(rig) as silent:
+        await silent.send(request("POST", "/api/chat", b"x" * 2000)[:-10])
+        await silent.rest()
+        with anyio.fail_after(1):
+            await until(lambda: not rig.service.front.connections)
+
+
+async def test_what_is_read_of_a_refused_body_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lbio.client._DISCARD_BYTES_MAX", 100_000)
+    async with balanced(specs("a"), limits={"body_bytes_max": "1KiB"}) as rig, client(rig) as endless:
+        with anyio.fail_after(LIMIT_S), pytest.raises(anyio.BrokenResourceError):
+            await endless.send(request("POST", "/api/chat", b"x" * (60 << 20)))
+
+
+async def test_a_body_larger_than_all_together_may_be_gets_413() -> None:
+    limits = {"body_bytes_max": "1KiB", "bodies_bytes_max": "1KiB"}
+    async with balanced(specs("a"), limits=limits) as rig:
+        head = b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: 123456789012345\r\n\r\n"
+        assert parse(await rig.exchange([head])).status == 413
 
 
 async def test_a_body_of_just_the_limit_is_taken() -> None:
