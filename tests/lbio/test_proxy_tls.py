@@ -132,3 +132,12 @@ async def test_what_is_not_tls_in_the_middle_breaks_the_connection(caplog: pytes
     assert b'{"error":"the stream broke: ' in answer
     assert answer.endswith(b"0\r\n\r\n")
     assert not [message for message in caplog.messages if "internal error" in message]
+
+
+@pytest.mark.anyio
+async def test_an_authority_that_cannot_be_used_is_told_before_anything_starts() -> None:
+    server = {"url": "https://a", "name": "a", "ca_file": str(Path(__file__))}
+    app = parse({"listen": "127.0.0.1:0", "servers": [server]})
+    with pytest.raises(OSError, match=r"test_proxy_tls\.py of a cannot be used"):
+        async with start(app):
+            pass
