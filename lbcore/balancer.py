@@ -174,4 +174,5 @@ class LoadBalancer:
 
     def _on_sync_requested(self, _event: events.SyncRequested, now_ns: int) -> None:
         for server in list(self.fleet):
+            server.revive_from_ns = 0  # an operator knows better
             self.fleet.probe_now(server, now_ns)

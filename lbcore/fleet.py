@@ -8,7 +8,16 @@ from lbcore.catalog import known_names
 from lbcore.commands import CancelProbe, Command, Decision, ForgetServer, RecordDecision, StartProbe
 from lbcore.config import Config, ServerSettings
 from lbcore.events import ModelsSynced, ProbeCompleted, Reason
-from lbcore.health import ALIVE_FROM, BLAME, Blame, after_failure, after_success, distrust_ns, next_probe_pause_ns
+from lbcore.health import (
+    ALIVE_FROM,
+    BLAME,
+    Blame,
+    after_failure,
+    after_success,
+    distrust_ns,
+    next_probe_pause_ns,
+    revive_pause_ns,
+)
 from lbcore.ollama import RequestKind, canonical_model
 from lbcore.records import Attempt, Failure, ModelStats, Server
 from lbcore.states import (
@@ -139,12 +148,20 @@ class Fleet:
 
     def succeed(self, server: Server, now_ns: int, why: str, *, fastest: bool = False) -> None:
         """Raise a server's health."""
+        server.deaths = 0
         self._set_health(server, after_success(server.health, self._config.health, fastest=fastest), now_ns, why)
 
     def fail(self, server: Server, failure: Failure, now_ns: int) -> None:
-        """Lower a server's health, and look at once what is the matter with it."""
+        """Lower a server's health, and look at once what is the matter with it.
+
+        If it dies of that, a probe that goes well does not revive it at once: its probes look well, its answers do not.
+        """
         self._note_error(server, failure.words, now_ns)
+        was_alive = server.is_alive
         self._set_health(server, after_failure(server.health, self._config.health), now_ns, failure.words)
+        if was_alive and not server.is_alive:
+            server.deaths += 1
+            server.revive_from_ns = now_ns + revive_pause_ns(server.deaths, self._config.probe)
         self.probe_now(server, now_ns)
 
     def _note_error(self, server: Server, text: str, now_ns: int) -> None:
@@ -352,7 +369,9 @@ class Fleet:
         first = server.last_sync_ns is None
         server.last_sync_ns = now_ns
         self._sync_models(server, event)
-        if not server.is_alive:
+        if not server.is_alive and now_ns < server.revive_from_ns:
+            self._timers.arm(TimerKind.PROBE, server.id, server.revive_from_ns)
+        elif not server.is_alive:
             self._set_health(server, ALIVE_FROM, now_ns, "synced" if first else "synced again")
         if first:
             known = f"{counted(len(event.available), 'model')}, {len(event.active)} loaded"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 
-from lbcore.config import HealthSettings
+from lbcore.config import HealthSettings, ProbeSettings
 from lbcore.events import Reason
 from lbcore.schema import SECOND_NS
 
@@ -15,7 +15,7 @@ ALIVE_FROM = 1.0
 BUSY_PAUSE_NS = SECOND_NS
 """How long others go first after a 503 from a server: it blames nobody, but asking again at once is in vain."""
 
-_BREAKS_MAX = 5  # the pause of an unreliable server doubles this often at most: 32 times the first
+_BREAKS_MAX = 5  # the pause of an unreliable, or dead, server doubles this often at most: 32 times the first
 
 
 class Blame(Enum):
@@ -88,6 +88,17 @@ def distrust_ns(breaks: int, settings: HealthSettings) -> int:
     Doubling ejection times are Envoy's outlier detection; that a second chance comes at all is the original's.
     """
     return settings.second_chance_ns << min(max(breaks - 1, 0), _BREAKS_MAX)
+
+
+def revive_pause_ns(deaths: int, settings: ProbeSettings) -> int:
+    """Return how long probes do not revive a server after its `deaths`-th death by failed requests in a row, ns.
+
+    None the first time; then doubles from the pause between probes of a dead server to their longest (Envoy's ejection
+    times).
+    """
+    if deaths < 2:
+        return 0
+    return min(settings.interval_dead_max_ns, settings.interval_dead_ns << min(deaths - 2, _BREAKS_MAX))
 
 
 def next_probe_pause_ns(pause_ns: int, first_ns: int, longest_ns: int) -> int:

@@ -131,6 +131,7 @@ class Server:
 
     __slots__ = (
         "breaks",
+        "deaths",
         "died_ns",
         "doubted",
         "health",
@@ -149,6 +150,7 @@ class Server:
         "probe_id",
         "probe_pause_ns",
         "reliability",
+        "revive_from_ns",
         "settings",
         "slots",
         "state",
@@ -181,6 +183,8 @@ class Server:
         self.last_error = ""
         self.last_error_ns: int | None = None
         self.died_ns: int | None = None
+        self.deaths = 0  # by failed requests, since it last served one well
+        self.revive_from_ns = 0  # a probe that goes well revives it from then on
 
     def __repr__(self) -> str:
         return (

@@ -3,9 +3,10 @@
 Candidates are ranked by the first-token time to be expected of them, in steps of a factor of two; within a rank those
 with the least in flight for their slots come first; among these they are sampled by health: weighted sampling without
 replacement, one after the other, as far as it is asked for (the order has the distribution of Efraimidis & Spirakis
-2006, which draws for all at once). So a server that is a little slower keeps its share, and one that is far slower, must
-load the model first or has a queue is asked when the others cannot. That the least loaded come before the healthiest is
-what docs/policies.md measures. With `policy = "health"` a server's health is divided by what is in flight on it instead.
+2006, which draws for all at once). So a server that is a little slower keeps its share, and one that is far slower,
+must load the model first or has a queue is asked when the others cannot. That the least loaded come before the
+healthiest is what docs/policies.md measures. With `policy = "health"` a server's health is divided by what is in flight
+on it instead.
 """
 
 from __future__ import annotations

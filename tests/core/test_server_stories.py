@@ -14,7 +14,7 @@ from lbcore.commands import (
     StartProbe,
 )
 from lbcore.events import Reason
-from lbcore.schema import SECOND_NS
+from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.states import Reliability, ServerState
 from tests.playbook import (
     HealthSettings,
@@ -161,6 +161,35 @@ def test_who_was_busy_is_asked_last_for_a_moment_and_then_again() -> None:
     assert book.server(primary.server).health == 1.0
     book.after(1100)
     assert primary.server in {served(request_id) for request_id in range(20, 80)}
+
+
+def test_who_dies_of_its_answers_again_and_again_is_revived_ever_later_though_its_probes_look_well() -> None:
+    book = fleet("a b", race=LONELY, probe=PROBE)
+
+    def fails(request_id: int) -> None:
+        """Let a request fail on a, if it is asked, and be answered by b."""
+        only = book.alone(request_id)
+        if only.server == "a":
+            book.failed(only, Reason.SERVER_ERROR, 500)
+            only = book.started(request_id, AttemptKind.RETRY, "b")
+        book.token(only) << CommitAttempt(request_id, only.id)
+        book.ends(only)
+        book.skip()
+
+    request_id = 0
+    pauses_ms: list[float] = []
+    for _ in range(4):
+        while book.server("a").is_alive:
+            request_id += 1
+            fails(request_id)
+        died_ns = book.now_ns
+        book.sync("a").skip()
+        while not book.server("a").is_alive:
+            book.after(1000).skip()
+            if book.server("a").probe_id:
+                book.sync("a").skip()
+        pauses_ms.append((book.now_ns - died_ns) / MS_NS)
+    assert pauses_ms == [0, 1000, 2000, 4000]
 
 
 def test_now_and_then_a_dead_server_gets_a_racers_place_and_may_be_resurrected() -> None:
