@@ -108,7 +108,8 @@ def _demo_fleet(specs: Sequence[FakeSpec]) -> FleetFactory:
     @contextlib.asynccontextmanager
     async def start() -> AsyncIterator[Sequence[ServerSettings]]:
         async with serve_fleet(specs) as fleet:
-            yield [ServerSettings(url=fake.url, name=fake.spec.name, slots=fake.spec.num_parallel) for fake in fleet]
+            yield [ServerSettings(url=fake.url, name=fake.spec.name, slots=fake.spec.num_parallel,
+                                  in_flight_max=fake.spec.in_flight_max) for fake in fleet]
 
     return start
 
@@ -202,8 +203,9 @@ def replay(log: Path, *, at: int | None, as_json: bool) -> int:
 
 @cli.command(epilog=_examples("ollama-lb simulate configs/scenarios/one-server-hangs.toml --plot out.png",
                               "ollama-lb simulate configs/scenarios --seeds 20",
-                              "ollama-lb simulate my.toml --policy least-in-flight --explain 17"))
-@click.argument("paths", nargs=-1, required=True, metavar="SCENARIO...", type=click.Path(path_type=Path))
+                              "ollama-lb simulate my.toml --policy least-in-flight --explain 17",
+                              "ollama-lb simulate --swarm 1000 --save failing"))
+@click.argument("paths", nargs=-1, metavar="SCENARIO...", type=click.Path(path_type=Path))
 @click.option("--seed", type=click.IntRange(0), metavar="N", help="Of everything random. [default: the scenario's]")
 @click.option("--seeds", type=click.IntRange(1, 1_000_000), default=1, metavar="N",
               help="Run so many seeds, from --seed on, on all cores.")
@@ -214,16 +216,54 @@ def replay(log: Path, *, at: int | None, as_json: bool) -> int:
 @click.option("--explain", type=int, metavar="ID", help="Tell the story of one request instead.")
 @click.option("--audit/--no-audit", default=True, help="Check every invariant after every event. [default: audit]")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes. [default: one for each core]")
-def simulate(**wanted: Any) -> int:
+@click.option("--swarm", "n_swarm", type=click.IntRange(1), metavar="N",
+              help="Run N scenarios drawn at random instead, from --seed (1) on.")
+@click.option("--save", type=click.Path(path_type=Path), metavar="DIR", help="Write those of a swarm that fail as files.")
+def simulate(n_swarm: int | None, save: Path | None, **wanted: Any) -> int:
     """Run scenarios in virtual time, and judge what came of them.
 
     Fake servers, their faults, the clients and the balancer all run in one process, much faster than real time.
     SCENARIO is a TOML file or a folder of them. Exits with 1 when an expectation or an invariant does not hold.
     """
+    if bool(wanted["paths"]) == (n_swarm is not None):
+        raise click.UsageError("Name a SCENARIO, or --swarm N." if n_swarm is None else "--swarm takes no SCENARIO.")
+    if n_swarm is not None:
+        from simulator.swarm import swarm
+
+        return swarm(n_swarm, 1 if wanted["seed"] is None else wanted["seed"], save=save, workers=wanted["workers"])
+    if save is not None:
+        raise click.UsageError("--save is for --swarm.")
     from simulator.cli import Wanted
     from simulator.cli import simulate as run_scenarios
 
     return run_scenarios(Wanted(**wanted))
+
+
+@cli.command("what-if", epilog=_examples("ollama-lb what-if log.jsonl --config other.toml",
+                                         "ollama-lb what-if log.jsonl --servers +gpu5:rtx4090 --speed 1.5",
+                                         "ollama-lb what-if log.jsonl --servers -gpu2,+gpu3:gpu1"))
+@click.argument("log", type=click.Path(path_type=Path), metavar="LOG")
+@click.option("--config", metavar="CONFIG", help="Decide as this file says; without [[servers]], over those of LOG.")
+@click.option("--servers", multiple=True, metavar="+NAME:LIKE|-NAME",
+              help="Add a server like known hardware or like one of LOG, or remove one; repeatable.")
+@click.option("--speed", type=click.FloatRange(0.01, 100.0), default=1.0, metavar="X",
+              help="The requests come so many times faster.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def what_if(log: Path, config: str | None, servers: tuple[str, ...], speed: float, *, as_json: bool) -> int:
+    """Ask an event log what another configuration or fleet would have done.
+
+    LOG is what [record] writes. Its requests run again on simulated servers whose speeds are fitted to it; how well
+    these reproduce what was recorded is said first.
+    """
+    from simulator.whatif import Change, parse_servers
+    from simulator.whatif import what_if as ask
+
+    app = None if config is None else _load(config, {}, [], need_servers=False)
+    if config is not None and app is None:
+        return EXIT_CONFIG
+    change = Change(config=app.core if app is not None else None, config_name=config or "",
+                    servers=parse_servers(servers), speed=speed)
+    return ask(log, change, as_json=as_json)
 
 
 @cli.command(epilog=_examples("ollama-lb bench configs/bench/quick.toml",

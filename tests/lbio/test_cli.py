@@ -28,7 +28,7 @@ from tests.lbio.sockets_kit import free_port
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOOD = '[[servers]]\nurl = "http://gpu1:11434"\nname = "gpu1"\n'
-COMMANDS = ("run", "check", "init", "fleet", "replay", "simulate", "bench")
+COMMANDS = ("run", "check", "init", "fleet", "replay", "simulate", "bench", "what-if")
 
 
 @pytest.fixture
