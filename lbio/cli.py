@@ -250,7 +250,7 @@ def simulate(n_swarm: int | None, save: Path | None, **wanted: Any) -> int:
               help="The requests come so many times faster.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def what_if(log: Path, config: str | None, servers: tuple[str, ...], speed: float, *, as_json: bool) -> int:
-    """Ask an event log what another configuration or fleet would have done.
+    """Ask a log what another configuration or fleet had done.
 
     LOG is what [record] writes. Its requests run again on simulated servers whose speeds are fitted to it; how well
     these reproduce what was recorded is said first.
