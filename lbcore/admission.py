@@ -10,6 +10,8 @@ from lbcore.records import Request
 
 RACE_BURST = 10.0
 """Unused race budget is kept up to this many attempts."""
+RETRY_BURST = 10.0
+"""Unused retry budget is kept up to this many retries."""
 
 
 class AdmissionQueue:
@@ -84,18 +86,38 @@ class RaceBudget:
 
 
 class RetryBudget:
-    """Retries under way, against a share of the requests in flight (Envoy's retry budget: 20 %, at least 3)."""
+    """Retries under way, against a share of the requests in flight (Envoy's retry budget: 20 %, at least 3).
 
-    __slots__ = ("_settings", "under_way")
+    Where servers fail at once, few are under way at a time and yet each request may ask every server. So retries that
+    do not help are bounded by a share of all requests too (as in Finagle): each request earns `budget`, each retry
+    spends one, and one that is answered gives it back. One bad server among good ones costs nothing.
+    """
+
+    __slots__ = ("_settings", "credits", "under_way")
 
     def __init__(self, settings: RetrySettings) -> None:
         self._settings = settings
         self.under_way = 0
+        self.credits = RETRY_BURST
+        """Retries that may still fail."""
+
+    def earn(self) -> None:
+        """Count one request."""
+        self.credits = min(RETRY_BURST, self.credits + self._settings.budget)
+
+    def begin(self) -> None:
+        """Count a retry that starts."""
+        self.under_way += 1
+        self.credits -= 1.0
+
+    def give_back(self) -> None:
+        """Count a retry that has helped."""
+        self.credits = min(RETRY_BURST, self.credits + 1.0)
 
     def limit(self, in_flight: int) -> int:
         """Return how many retries may be under way."""
         return max(self._settings.budget_min, int(self._settings.budget * in_flight))
 
     def allows(self, in_flight: int) -> bool:
-        """Tell whether one more retry may start."""
-        return self.under_way < self.limit(in_flight)
+        """Tell whether one more retry may start. Without a share, `budget_min` alone counts."""
+        return self.under_way < self.limit(in_flight) and (self.credits >= 1.0 or self._settings.budget == 0)

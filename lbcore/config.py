@@ -186,7 +186,10 @@ class RetrySettings:
     """Retries before anything was sent to the client (`[retry]`)."""
 
     budget: float = ratio(
-        "retries under way, as a share of requests in flight: keeps a storm from doubling itself", 0.2, high=100.0
+        "retries under way, as a share of requests in flight, and retries that fail, as a share of all requests: keeps "
+        "a storm from doubling itself",
+        0.2,
+        high=100.0,
     )
     budget_min: int = count("retries under way that are always allowed", 3)
 

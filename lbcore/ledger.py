@@ -7,7 +7,7 @@ from lbcore.commands import AttemptKind, CancelAttempt, Command, Decision, Recor
 from lbcore.config import Config
 from lbcore.events import Reason
 from lbcore.fleet import Fleet
-from lbcore.records import Attempt, Request, Server
+from lbcore.records import Attempt, Request, Server, ServerModel
 from lbcore.states import (
     ATTEMPT_STEPS,
     REQUEST_ENDS,
@@ -63,11 +63,12 @@ class Ledger:
         target = attempt.target
         if target is not None:
             target.in_flight += 1
-            target.loading += attempt.cold
+            if attempt.cold:
+                self._see_who_loads(attempt, target)
         if kind is _RACER or kind is _HEDGE:
             request.raced = True
         elif kind is _RETRY:
-            self.retry_budget.under_way += 1
+            self.retry_budget.begin()
         if request.state is _QUEUED:
             self._timers.cancel(_QUEUE_TIMER, request.id)
             self.step(request, _START)
@@ -137,6 +138,13 @@ class Ledger:
         if server.state is _DRAINING:
             self._fleet.forget_if_drained(server)
 
+    def _see_who_loads(self, attempt: Attempt, target: ServerModel) -> None:
+        """Tell whether a new attempt is the one for which Ollama loads: nobody else waits for a load to come."""
+        attempt.loader = target.loading == 0 or not any(
+            other.target is target and other.loader and other.loads for other in self.attempts.values()
+        )
+        target.loading += 1
+
     def _pass_on_load(self, served: Attempt) -> None:
         """Ollama loads for the request that came first; when that is served or goes, for the next that needs a load.
 
@@ -159,6 +167,8 @@ class Ledger:
         """Choose an attempt; a retry is over with that, though its answer may stream on for long."""
         self.step(request, _COMMIT)
         request.committed = winner
+        if winner.kind is _RETRY:
+            self.retry_budget.give_back()
         if winner.id in self.attempts:  # else its whole answer is held, and it has ended already
             self.advance(winner.id, _CHOOSE)
             self._count_off_retry(winner)

@@ -245,7 +245,7 @@ class Attempt:
         target = server.model(request.model) if request.model and request.generates else None
         self.target = target
         self.cold = target is not None and not target.is_warm(request.runner_key)
-        self.loader = self.cold and target is not None and target.loading == 0  # the one that makes Ollama load
+        self.loader = False  # the one that makes Ollama load; kept by the ledger
         self.detached = False  # lost its race, but goes on until the model is loaded
         self.answered = False  # failed, but with a whole answer that could be passed on
         self.failure: Failure | None = None

@@ -59,6 +59,7 @@ class Requests:
         request = Request(event, model, self._config.route(event.route), now_ns)
         self._ledger.requests[request.id] = request
         self._placement.race_budget.earn()
+        self._ledger.retry_budget.earn()
         if not self._try_start(request, now_ns):
             self._enqueue(request, now_ns)
 

@@ -85,7 +85,8 @@ def check_recovery(result: RunResult, config: Config, end_ns: int) -> list[str]:
     """
     probe = config.probe
     looks_ns = probe.interval_dead_max_ns + probe.timeout_ns
-    if config.timeouts.first_token_warm_ns < _PATIENT_NS or looks_ns > _RECOVERED_NS:
+    crashes = any(request.ask.poison for request in result.requests)  # runners, at any time, for whoever is on them
+    if config.timeouts.first_token_warm_ns < _PATIENT_NS or looks_ns > _RECOVERED_NS or crashes:
         return []
     late = (request for request in result.requests if request.ask.arrives_ns >= end_ns + _RECOVERED_NS)
     return [

@@ -34,3 +34,15 @@ def test_a_load_with_other_options_goes_on_though_the_model_is_listed_as_loaded(
     book >> events.ModelsSynced(server.id, server.last_probe_id, models("m"), loaded("m"))
     book.done()
     assert waiting in book.balancer.ledger.attempts
+
+
+def test_who_wants_other_options_makes_ollama_load_though_others_still_wait_for_a_slot() -> None:
+    book = fleet("a b", active="m", race=PAIR)
+    book.model("b").loaded = False
+    _, loader = book.race(1)
+    _, has_no_slot = book.race(2)
+    assert (loader.server, has_no_slot.server) == ("b", "b")
+    book.token(loader).skip()  # loaded: the second one waits for a slot, no more for the load
+    first, other = book.race(3, runner_key=LARGE)
+    book.token(first if first.server == "a" else other).skip()
+    assert book.balancer.ledger.attempts[other.id if other.server == "b" else first.id].detached

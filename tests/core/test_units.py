@@ -188,6 +188,33 @@ def test_the_retry_budget_is_a_share_of_what_is_in_flight_but_never_below_its_le
     assert [budget.allows(n) for n in (15, 20)] == [False, True]
 
 
+def test_retries_that_fail_are_a_share_of_all_requests_and_those_that_help_are_free() -> None:
+    budget = RetryBudget(RetrySettings(budget=0.25, budget_min=100))
+    for _ in range(10):
+        assert budget.allows(0)
+        budget.begin()
+    assert not budget.allows(0)
+    for _ in range(4):
+        budget.earn()
+    assert budget.allows(0)
+    budget.begin()
+    assert not budget.allows(0)
+    budget.give_back()
+    assert budget.allows(0)
+    for _ in range(1000):
+        budget.earn()
+    assert budget.credits == 10.0
+
+
+def test_without_a_share_only_the_retries_under_way_are_bounded() -> None:
+    budget = RetryBudget(RetrySettings(budget=0.0, budget_min=1))
+    for _ in range(100):
+        assert budget.allows(0)
+        budget.begin()
+        assert not budget.allows(0)
+        budget.under_way -= 1
+
+
 @given(
     st.lists(st.tuples(st.sampled_from(["arm", "cancel", "pop"]), st.integers(0, 5), st.integers(0, 50)), max_size=200)
 )
