@@ -10,7 +10,8 @@ from simulator.network import RETRANSMIT_NS, Link, LinkFault, LinkFaultKind, Wir
 
 
 def test_what_is_planned_for_one_moment_happens_in_the_order_of_planning() -> None:
-    kernel, seen = Kernel(), []
+    kernel = Kernel()
+    seen: list[object] = []
     kernel.at(5, seen.append, "b")
     kernel.at(3, seen.append, "a")
     kernel.at(5, seen.append, "c")
@@ -21,7 +22,8 @@ def test_what_is_planned_for_one_moment_happens_in_the_order_of_planning() -> No
 
 
 def test_a_run_stops_when_it_is_over() -> None:
-    kernel, seen = Kernel(), []
+    kernel = Kernel()
+    seen: list[object] = []
     for moment in range(10):
         kernel.at(moment, seen.append, moment)
     kernel.run_until(100, over=lambda: len(seen) == 3)
