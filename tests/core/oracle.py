@@ -14,8 +14,8 @@ def rank(
 ) -> tuple[bool, int, float]:
     """Return what a candidate is ranked by.
 
-    Passed over or not, then how often its time doubles the soonest one's, then (unless health decides alone) how much is
-    in flight for its slots.
+    Passed over or not, then how often its time doubles the soonest one's, then (unless health decides alone) how much
+    is in flight for its slots.
     """
     load = 0.0 if config.selection.policy is Policy.HEALTH else server.in_flight * 1024 // server.slots
     passed_over = server.reliability is not Reliability.RELIABLE and (

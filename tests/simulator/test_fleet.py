@@ -26,7 +26,8 @@ def test_a_name_is_enough() -> None:
 
 def test_every_key_is_read() -> None:
     specs, problems = parse({
-        "name": "a", "port": 8080, "slots": 4, "queue_max": 9, "in_flight_max": 3, "loaded_max": 2, "vram": "8GB", "first_token": "80ms",
+        "name": "a", "port": 8080, "slots": 4, "queue_max": 9, "in_flight_max": 3, "loaded_max": 2,
+        "vram": "8GB", "first_token": "80ms",
         "token": "7.5ms", "load": "1s", "tokens": 12, "keep_alive": "1m", "version": "1.2.3", "seed": 5,
         "models": ["x", "y:1b"], "loaded": ["X:latest"],
         "fault": [{"kind": "flap", "period": "20s", "up": "12s"},
