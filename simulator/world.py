@@ -8,6 +8,7 @@ in production, before it is told of anything else that concerns their request.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from math import log
 from typing import Any
 
@@ -297,6 +298,7 @@ class World:
     def _pass_answer(self, command: PassAnswer) -> None:
         call = self._calls[command.request_id]
         run = call.runs[command.attempt_id]
+        call.result.server = run.server
         self._end(call, Outcome.FAILED, f"{run.server} answered {run.status}", run.status)
 
     def _reject_request(self, command: RejectRequest) -> None:
@@ -328,7 +330,8 @@ class World:
 
     def _probe_reads(self, box: Box, probe_id: int) -> None:
         if box.hangs_probes:
-            return  # until the core gives it up
+            box.hold_probe(partial(self._probe_reads, box, probe_id))  # until the core gives it up, or it is over
+            return
         reason = box.probe_failure()
         models = box.models() if reason is None else None
         back_ns = self.gate(box.wire.arrival_ns(self._kernel.now_ns))
