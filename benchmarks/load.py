@@ -115,12 +115,12 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     return moments
 
 
-async def ask(port: int, planned_ns: int | None = None, *, patience_s: float = 30.0) -> Outcome:
+async def ask(port: int, planned_ns: int | None = None, *, patience_s: float = 30.0, body: bytes = BODY) -> Outcome:
     """Send one chat and see it through."""
     loop = asyncio.get_running_loop()
     outcome = Outcome(time.monotonic_ns() if planned_ns is None else planned_ns)
     head = f"POST /api/chat HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
-    request = f"{head}Content-Length: {len(BODY)}\r\n\r\n".encode() + BODY
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     client = _Client(outcome, request, loop.create_future())
     try:
         await loop.create_connection(lambda: client, "127.0.0.1", port)
