@@ -151,13 +151,12 @@ def _balanced(stage: _Stage, n_requests: int, where: Path) -> Iterator[int]:
         yield port
 
 
-def body_of(ask_: Ask) -> bytes:
+def body_of(one: Ask) -> bytes:
     """Return a chat whose prompt and answer have the ask's lengths, as the fakes count them (`simulator.bodies`)."""
-    text = "x" * 4 * (ask_.prompt_tokens - 9)
-    options = {"num_predict": ask_.output_tokens}
-    return json.dumps(
-        {"model": ask_.model, "messages": [{"role": "user", "content": text}], "options": options}
-    ).encode()
+    text = "x" * 4 * (one.prompt_tokens - 9)
+    options = {"num_predict": one.output_tokens} | ({} if one.num_ctx is None else {"num_ctx": one.num_ctx})
+    body = {"model": one.model, "messages": [{"role": "user", "content": text}], "options": options}
+    return json.dumps(body if one.stream else {**body, "stream": False}).encode()
 
 
 async def _offer(port: int, asks: Sequence[Ask], began_ns: int) -> list[Outcome]:

@@ -6,8 +6,11 @@ those of `benchmarks.fidelity`, which compares with real sockets. Their values a
 same instant by chance: what is decided then is not modelled, and no defect.
 """
 
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 import anyio
 import pytest
@@ -15,11 +18,13 @@ import pytest
 from benchmarks.fidelity import CONFIG_TABLES, body_of
 from benchmarks.stages import raw_of, scenario_of, tables
 from lbcore.balancer import LoadBalancer
+from lbcore.parsing import Problem
 from simulator.asks import Ask
+from simulator.fleet import DEFAULT_MODEL as MODEL
 from simulator.results import Outcome
-from simulator.scenario import Scenario, run_scenario
+from simulator.scenario import Scenario, parse_scenario, run_scenario
 from simulator.workload import make_source
-from tests.lbio.virtual import Rig, in_virtual_time, took, virtual
+from tests.lbio.virtual import Caller, Rig, in_virtual_time, took, virtual
 from tests.simulator.wire import parse as parse_answer
 
 N_REQUESTS = dict.fromkeys(tables(1), 60) | {"one-server-hangs": 150}
@@ -49,12 +54,17 @@ def in_the_simulator(scenario: Scenario) -> dict[int, Seen]:
             round(r.e2e_ns / 1e6, 2),
             r.outcome is Outcome.COMPLETED,
         )
+        if r.outcome is not Outcome.LEFT
+        else _left(r.ask)
         for r in result.requests
     }
 
 
-def over_http(scenario: Scenario, name: str) -> dict[int, Seen]:
-    raw = raw_of(name, N_REQUESTS[name])
+def _left(one: Ask) -> Seen:
+    return Seen("", 0, 0.0, round((one.leaves_after_ns or 0) / 1e6, 2), whole=False)
+
+
+def over_http(scenario: Scenario, raw: Mapping[str, Any]) -> dict[int, Seen]:
     seen: dict[int, Seen] = {}
 
     @in_virtual_time
@@ -75,7 +85,15 @@ def over_http(scenario: Scenario, name: str) -> dict[int, Seen]:
 
 
 async def _ask(rig: Rig, one: Ask, seen: dict[int, Seen]) -> None:
-    caller, body = await rig.connect(), body_of(one)
+    caller = await rig.connect()
+    seen[one.id] = _left(one)
+    with anyio.move_on_after(None if one.leaves_after_ns is None else one.leaves_after_ns / 1e9):
+        seen[one.id] = await _answer(caller, one)
+    caller.stream.close()
+
+
+async def _answer(caller: Caller, one: Ask) -> Seen:
+    body = body_of(one)
     began_s = anyio.current_time()
     head = b"POST /api/chat HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
     await caller.send(head + body)
@@ -83,25 +101,71 @@ async def _ask(rig: Rig, one: Ask, seen: dict[int, Seen]) -> None:
     while not caller.data:
         caller.data += await caller.stream.receive()
     first_ms = took(began_s) * 1000
-    while not caller.data.endswith(b"0\r\n\r\n") and b"Transfer-Encoding" in data:
-        caller.data += await caller.stream.receive()
+    await _to_the_end(caller, chunked=b"Transfer-Encoding" in data)
     end_ms = took(began_s) * 1000
     answer = parse_answer(data + bytes(caller.data), "POST")
     whole = b'"done":true' in answer.body
     attempts = int(answer.header("X-Ollama-LB-Attempts") or 0)
     server = answer.header("X-Ollama-LB-Server") or ""
-    seen[one.id] = Seen(server, attempts, round(first_ms if whole else 0, 2), round(end_ms, 2), whole)
-    caller.stream.close()
+    streamed = one.stream and answer.status == 200
+    return Seen(server, attempts, round(first_ms if streamed else 0, 2), round(end_ms, 2), whole)
+
+
+async def _to_the_end(caller: Caller, *, chunked: bool) -> None:
+    """Read the rest of the body; the connection is closed a moment later."""
+    with contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+        while chunked and not caller.data.endswith(b"0\r\n\r\n"):
+            caller.data += await caller.stream.receive()
 
 
 @pytest.mark.parametrize("name", N_REQUESTS)
 def test_every_request_fares_alike(name: str) -> None:
-    scenario = scenario_of(name, N_REQUESTS[name])
-    simulated, real = in_the_simulator(scenario), over_http(scenario, name)
+    assert differences(scenario_of(name, N_REQUESTS[name]), raw_of(name, N_REQUESTS[name])) == []
+
+
+SMALL: Mapping[str, Mapping[str, Any]] = {
+    "slow": {"fault": {"kind": "slow"}},
+    "crawl": {"fault": {"kind": "crawl"}},
+    "error-500": {"fault": {"kind": "error-500"}},
+    "busy-503": {"fault": {"kind": "busy-503"}},
+    "not-streamed": {"workload": {"stream": 0.5}},
+    "num_ctx": {"workload": {"num_ctx": {"default": 0.7, "8192": 0.3}}},
+    "cold": {"fleet": {"loaded": [], "load": "2011ms"}},
+    "evictions": {
+        "fleet": {"models": [{"name": MODEL, "size": "6GB"}, {"name": "other", "size": "6GB"}], "vram": "10GB"},
+        "workload": {"models": {MODEL: 0.7, "other": 0.3}},
+    },
+    "keep_alive": {"fleet": {"keep_alive": "1500ms", "load": "807ms"}, "workload": {"rate": 1.0}},
+    "leaves": {"workload": {"leave": {"share": 0.5, "after": {"min": "200ms", "max": "2s"}}}},
+    "full-queue": {"workload": {"rate": 40.0}, "queue": {"length_max": 10}},
+    "first-finish": {"race": {"winner": "first-finish"}},
+    "most-tokens": {"race": {"winner": "most-tokens", "measure": "1s"}},
+}
+"""What each differs in from three equal servers with 4 slots, 40 requests and no fault."""
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_request_fares_alike_also_when(name: str) -> None:
+    base = tables(1)["slow-x20"]
+    more = dict(SMALL[name])
+    more["fleet"] = [{**server, "slots": 4, **more.get("fleet", {})} for server in base["fleet"][:3]]
+    lengths = {"prompt_tokens": {"min": 20, "max": 2000}, "output_tokens": {"min": 5, "max": 60}}
+    workload = {"kind": "poisson", "rate": 8.0, "start": "3.37s", "requests": 40, **lengths}
+    more["workload"] = {**workload, **more.get("workload", {})}
+    if "fault" in more:
+        more["fault"] = [{**more["fault"], "servers": ["b"], "from": "4.123s", "until": "7.511s"}]
+    raw = {"about": "", "duration": "600s", "settle": "600s", **more}
+    problems: list[Problem] = []
+    scenario = parse_scenario(raw, name, problems)
+    assert scenario is not None, problems
+    assert differences(scenario, raw) == []
+
+
+def differences(scenario: Scenario, raw: Mapping[str, Any]) -> list[str]:
+    simulated, real = in_the_simulator(scenario), over_http(scenario, raw)
+    assert len(real) == len(simulated)
     differ = [f"request {key}: simulated {simulated[key]}, over HTTP {real[key]}" for key in simulated]
-    differ = [line for key, line in zip(simulated, differ, strict=True) if not _alike(simulated[key], real[key])]
-    assert differ == []
-    assert len(real) == len(simulated) == N_REQUESTS[name]
+    return [line for key, line in zip(simulated, differ, strict=True) if not _alike(simulated[key], real[key])]
 
 
 def _alike(one: Seen, other: Seen) -> bool:
