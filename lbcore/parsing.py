@@ -60,7 +60,6 @@ class RefusedError(ValueError):
 
 
 _SHOWN_MAX = 80
-_PLAIN_BITS_MAX = 1024
 
 
 def quote(text: str) -> str:
@@ -81,7 +80,10 @@ def show(value: Any) -> str:
 
 def _shown_number(value: Any) -> str:
     """Return a number (or a date); one of thousands of digits, which Python writes in no other way, as hexadecimal."""
-    text = hex(value) if isinstance(value, int) and value.bit_length() > _PLAIN_BITS_MAX else str(value)
+    try:
+        text = str(value)
+    except ValueError:
+        text = hex(value)
     return text if len(text) <= _SHOWN_MAX else f"{text[:_SHOWN_MAX]}..."
 
 
