@@ -9,6 +9,7 @@ The formats, each recognised by its first line (`FORMATS` is the table of their 
 - `burstgpt`: CSV with Timestamp (s), Model, Request tokens, Response tokens and, in the later releases, Session ID.
   Wang et al., "BurstGPT: A real-world workload dataset to optimize LLM serving systems", 2024, CC-BY.
 - `plain`: CSV of our own with arrives_s, prompt_tokens, output_tokens and, if wanted, model and session.
+- `events`: our own event logs (`[record]`); see `simulator.log_trace` for what they tell and what they do not.
 
 What all readers do alike: columns are found by name, whatever their order and case; a BOM, CRLF and blank lines are of
 no account; a row without output tokens is left out (in BurstGPT a failed request: nobody knows what it would have
@@ -32,12 +33,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lbcore.parsing import choice_fix, quote, show
+from simulator.log_trace import event_log, is_event_log
+from simulator.trace_rows import BadLineError, Line, Parse, Row
+
+__all__ = ["FORMATS", "BadLineError", "Format", "Line", "Parse", "Row", "TraceError", "format_of", "read_trace"]
 
 _NS_PER_S = 1_000_000_000
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001  # the traces' times have no zone, and only their differences count
 _TOKENS_MAX = 10_000_000
 _SECONDS_MAX = 10_000_000_000
-_LINE_MAX = 1 << 20  # bytes; a longer one is no line of any trace
+_LINE_MAX = 16 << 20  # bytes; a longer one is no line of any trace (the state in an event log is some MB)
 
 
 class TraceError(ValueError):
@@ -56,43 +61,6 @@ class TraceError(ValueError):
         where = f"{self.path}:{self.line}" if self.line else self.path
         column = f"column {self.column}: " if self.column else ""
         return f"{where}: {column}{self.message}" + (f"; {self.fix}" if self.fix else "")
-
-
-class Row(NamedTuple):
-    """One request of a trace. What a trace does not tell is None, "" or empty; the workload then decides."""
-
-    at_ns: int  # on the trace's own clock
-    prompt_tokens: int
-    output_tokens: int
-    model: str = ""
-    session: str = ""  # requests with the same one are of one conversation
-    blocks: tuple[int, ...] = ()  # see simulator.asks.Ask
-    route: str = ""
-    stream: bool | None = None
-    num_ctx: int | None = None
-    leaves_after_ns: int | None = None
-
-
-class Line(NamedTuple):
-    """One line of a file, without its end."""
-
-    number: int  # from 1 on
-    text: str
-    ended: bool  # False: the last one, which may be cut off
-
-
-class BadLineError(ValueError):
-    """A line cannot be read; becomes a `TraceError` where its file is known."""
-
-    def __init__(self, column: str, message: str, fix: str = "") -> None:
-        super().__init__(column, message, fix)
-        self.column = column
-        self.message = message
-        self.fix = fix
-
-
-Parse = Callable[[str], Row | None]
-"""Turns a line into a row, or None for a line that stands for no request. Raises `BadLineError`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +278,14 @@ FORMATS: Mapping[str, Format] = {
         Format("azure", ",".join(_AZURE), _has(*_AZURE), _azure),
         Format("burstgpt", "Timestamp,Model,Request tokens,Response tokens", _has(*_BURSTGPT), _burstgpt),
         Format("plain", ",".join(_PLAIN), _has(*_PLAIN), _plain, from_first=False),
+        Format(
+            "events",
+            '{"ollama-lb-log": 1, ...}',
+            is_event_log,
+            event_log,
+            in_order=False,
+            left_out="lines of other kinds, or of requests without a whole answer,",
+        ),
         Format("mooncake", '{"timestamp": 0, "input_length": 9, ...}', _is_mooncake, _mooncake, header=False),
     )
 }

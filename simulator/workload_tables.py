@@ -44,6 +44,7 @@ class TraceFormat(StrEnum):
     ANY = "any"  # told from its first line
     AZURE = "azure"
     BURSTGPT = "burstgpt"
+    EVENTS = "events"
     MOONCAKE = "mooncake"
     PLAIN = "plain"
 

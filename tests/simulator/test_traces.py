@@ -163,7 +163,7 @@ def test_unsorted_rows_are_sorted_when_asked_and_ties_keep_their_order(file: Pat
 
 KNOWN = ('the first lines are azure: TIMESTAMP,ContextTokens,GeneratedTokens; '
          "burstgpt: Timestamp,Model,Request tokens,Response tokens; plain: arrives_s,prompt_tokens,output_tokens; "
-         'mooncake: {"timestamp": 0, "input_length": 9, ...}')
+         'events: {"ollama-lb-log": 1, ...}; mooncake: {"timestamp": 0, "input_length": 9, ...}')
 DATE_FIX = "write it as 2023-11-16 18:15:46.6805900, in UTC"
 
 
@@ -224,7 +224,7 @@ def test_what_is_wrong_is_told_with_line_and_column(file: Path, text: str, error
 @pytest.mark.parametrize(("content", "error"), [
     ((PLAIN + "1,2,3\n").encode() + b"4,5,\xff\n7,8,9\n", "F:3: is not UTF-8 text; is it compressed?"),
     (b"\x1f\x8b\x08\x00\xff\n123", "F:1: is not UTF-8 text; is it compressed?"),
-    (PLAIN.encode() + b"1" * 2_000_000, "F:2: is longer than 1048576 bytes; is this a trace?"),
+    (PLAIN.encode() + b"1" * 17_000_000, "F:2: is longer than 16777216 bytes; is this a trace?"),
 ])
 def test_what_is_no_text_is_told(file: Path, content: bytes, error: str) -> None:
     with pytest.raises(TraceError) as caught:
@@ -234,7 +234,7 @@ def test_what_is_no_text_is_told(file: Path, content: bytes, error: str) -> None
 
 @pytest.mark.parametrize(("name", "error"), [
     ("azur", ('F: "azur" is no format of a trace; did you mean "azure"? '
-              'The choices are "azure", "burstgpt", "plain", "mooncake"')),
+              'The choices are "azure", "burstgpt", "plain", "events", "mooncake"')),
     ("azure", ("F:1: column TIMESTAMP: is missing from the header; "
                "the columns needed are TIMESTAMP, ContextTokens, GeneratedTokens")),
     ("mooncake", "F:1: is no JSON"),

@@ -18,6 +18,7 @@ from simulator.fit import Recorded, RecordedSource, fit, read_log
 from simulator.placements import WorldView
 from simulator.results import RunResult
 from simulator.scenario import run_scenario
+from simulator.traces import read_trace
 from simulator.whatif import Change, WhatIfError, answer_of, parse_servers, what_if
 from tests.simulator.worlds import scenario, server, tables
 
@@ -56,6 +57,23 @@ def test_all_requests_are_in_the_log_with_what_became_of_them() -> None:
     left = [(a, r) for a, r in zip(asks, result.requests, strict=True) if r.outcome == "left"]
     assert left
     assert [ask.leaves_after_ns for ask, _ in left] == [request.e2e_ns for _, request in left]
+
+
+def test_a_log_is_a_trace_of_who_asked_for_what(tmp_path: Path) -> None:
+    workload = {"rate": 5.0, "leave": {"share": 0.3, "after": "80ms"}, "num_ctx": {"default": 0.5, "8192": 0.5}}
+    result, lines = record(workload=workload)
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(lines[:-3]) + lines[-3][:20])
+    rows = list(read_trace(path))
+    asked = {request.ask.arrives_ns: request for request in result.requests}
+    assert len(rows) >= len(asked) - 3
+    for row in rows:
+        request = asked[row.at_ns]
+        assert (row.model, row.num_ctx, row.stream) == (request.ask.model, request.ask.num_ctx, True)
+        if request.outcome == "completed":
+            assert (row.output_tokens, row.leaves_after_ns) == (request.tokens, None)
+        else:
+            assert (row.output_tokens, row.leaves_after_ns) == (request.tokens + 1, request.e2e_ns)
 
 
 def test_speeds_are_found_again(found: Recorded) -> None:
