@@ -80,15 +80,17 @@ def check_liveness(world: World, settle_ns: int) -> list[str]:
 def check_recovery(result: RunResult, config: Config, end_ns: int) -> list[str]:
     """Return which clients were not served though they came when everything had been well for long, in words.
 
-    A balancer whose timeouts are short, or that may look for a dead server seldom, owes them nothing; and it may say
-    that it is full, or that nobody has the model.
+    A balancer whose timeouts are short, or that may look for a dead server seldom, owes them nothing, nor does one with
+    older work to do; and it may say that it is full, or that nobody has the model.
     """
     probe = config.probe
     looks_ns = probe.interval_dead_max_ns + probe.timeout_ns
     crashes = any(request.ask.poison for request in result.requests)  # runners, at any time, for whoever is on them
     if config.timeouts.first_token_warm_ns < _PATIENT_NS or looks_ns > _RECOVERED_NS or crashes:
         return []
-    late = (request for request in result.requests if request.ask.arrives_ns >= end_ns + _RECOVERED_NS)
+    well_ns = end_ns + _RECOVERED_NS
+    work_ns = max((r.ended_ns for r in result.requests if r.ask.arrives_ns < well_ns), default=0)
+    late = (request for request in result.requests if request.ask.arrives_ns >= max(well_ns, work_ns))
     return [
         f"request {request.ask.id} came when all was well again, and failed: {request.status} {request.why}"
         for request in late

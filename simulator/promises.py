@@ -328,6 +328,8 @@ class Promises:
         if started:
             yield from self._overtaking(started, waiting_before)
             yield from self._retries(started, n_racing)
+        if any(isinstance(c, RecordDecision) and c.decision is Decision.SERVER_DIED for c in commands):
+            yield from self._left_there()
         ended = {c.request_id for c in commands if isinstance(c, _LAST_WORDS)}
         if isinstance(event, ev.DownstreamClosed):
             ended.add(event.request_id)
@@ -337,6 +339,19 @@ class Promises:
                 attempt = ledger.attempts.get(attempt_id)
                 if call.is_over and call.id in ended and (attempt is None or not attempt.detached):
                     yield f"attempt {attempt_id} goes on, though request {call.id} is over"
+
+    def _left_there(self) -> Iterator[str]:
+        """A server has died: whoever waits only for dead ones has been sent to a live one that has room."""
+        fleet = self._balancer.fleet.servers
+        for call in self._calls.values():
+            if not call.races or any(fleet[start.server_id].is_alive for start in call.live.values()):
+                continue
+            holders = self._really_have(call.model)
+            for server in fleet.values():
+                has_room = len(self._live_at(server.id, call.model)) < server.settings.in_flight_max
+                if server.is_alive and server.name in holders and server.id not in call.tried and has_room:
+                    yield f"request {call.id} waits for dead servers alone, though {server.name} has room"
+                    break
 
     def _overtaking(self, started: Sequence[StartAttempt], waiting_before: Sequence[int]) -> Iterator[str]:
         for start in started:
