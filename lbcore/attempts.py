@@ -112,7 +112,9 @@ class Attempts:
         That is whoever came first of those that wait for a model it has not loaded, or has with other options.
         """
         waiting = [a for a in self._ledger.attempts.values() if a.server is server and a.loads]
-        with_loader = [a.target for a in waiting if a.loader]
+        with_loader = [
+            a.target for a in waiting if a.loader and a.target and not a.target.is_warm(a.request.runner_key)
+        ]
         for attempt in waiting:
             target = attempt.target
             if target is None:

@@ -141,7 +141,8 @@ class Ledger:
     def _see_who_loads(self, attempt: Attempt, target: ServerModel) -> None:
         """Tell whether a new attempt is the one for which Ollama loads: nobody else waits for a load to come."""
         attempt.loader = target.loading == 0 or not any(
-            other.target is target and other.loader and other.loads for other in self.attempts.values()
+            other.target is target and other.loader and other.loads and not target.is_warm(other.request.runner_key)
+            for other in self.attempts.values()
         )
         target.loading += 1
 
