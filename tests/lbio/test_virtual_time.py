@@ -392,8 +392,8 @@ async def test_an_hour_of_mixed_traffic_with_a_flapping_server() -> None:
         async with anyio.create_task_group() as tasks:
             while anyio.current_time() < 3600:
                 tasks.start_soon(ask)
-                await anyio.sleep(rng.expovariate(1 / 40))
-        assert len(got) > 50
+                await anyio.sleep(rng.expovariate(1 / 50))
+        assert len(got) > 40
         for answer, server in got:
             assert answer.status == 200
             assert answer.complete
