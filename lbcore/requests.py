@@ -212,6 +212,8 @@ class Requests:
             return False
         self._ledger.record(Decision.RETRIED, request, str(request.failures[-1]), names=(server.name,))
         self._ledger.start(request, server, AttemptKind.RETRY, now_ns)
+        if self._is_stuck(request):  # for want of a better one
+            self.stuck[request.id] = request
         return True
 
     def conclude(self, request: Request, now_ns: int) -> None:

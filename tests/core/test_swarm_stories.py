@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from lbcore import events
-from lbcore.commands import CommitAttempt
+from lbcore.commands import AttemptKind, CommitAttempt
+from lbcore.events import Reason
+from tests.core.test_stories_review import killed
 from tests.playbook import Playbook, RaceSettings, fleet, loaded, lost, models
 
+LONELY = RaceSettings(racers_max=1, hedges_max=0)
 PAIR = RaceSettings(racers_min=2, hedges_max=0)
 LARGE = '{"num_ctx":8192}'
 
@@ -57,3 +60,19 @@ def test_who_wants_other_options_makes_ollama_load_though_who_loaded_before_stil
     book.token(on_a).skip()
     assert book.balancer.ledger.attempts[on_b.id].detached
     assert waiting in book.balancer.ledger.attempts
+
+
+def test_a_retry_that_went_to_a_dead_server_is_taken_back_by_the_first_that_revives() -> None:
+    book = fleet("a b c", race=LONELY)
+    only = book.alone(1)
+    dead = [name for name in "abc" if name != only.server]
+    for name in dead:
+        killed(book, name)
+    book.failed(only, Reason.CONNECT_REFUSED).skip()
+    tried = [attempt.server.name for attempt in book.request(1).attempts]
+    assert len(tried) == 2
+    (left,) = (name for name in "abc" if name not in tried)
+    book >> events.SyncRequested()
+    book.skip()
+    book.sync(left)
+    book.started(1, AttemptKind.HEDGE, left)
