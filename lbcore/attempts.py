@@ -7,7 +7,7 @@ from lbcore.commands import AbortRequest, CancelAttempt, Command, CommitAttempt,
 from lbcore.config import Config, Winner
 from lbcore.events import Reason
 from lbcore.fleet import Fleet
-from lbcore.health import BLAME, BUSY_PAUSE_NS, UNDONE, Blame
+from lbcore.health import BLAME, SETS_BACK, UNDONE, Blame, failing_ns
 from lbcore.ledger import Ledger
 from lbcore.ollama import RequestKind
 from lbcore.records import Attempt, Failure, Request, Server, smooth
@@ -280,8 +280,9 @@ class Attempts:
         request, server = attempt.request, attempt.server
         if failure.reason is Reason.MODEL_NOT_FOUND and request.model is not None:
             self._fleet.lacks(server, request.model, now_ns)
-        if failure.reason is Reason.BUSY and attempt.target is not None:
-            attempt.target.busy_until_ns = now_ns + BUSY_PAUSE_NS
+        if failure.reason in SETS_BACK and attempt.target is not None:
+            attempt.target.failures += 1
+            attempt.target.failing_until_ns = now_ns + failing_ns(attempt.target.failures)
         blame = BLAME[failure.reason]
         if blame is Blame.CONTRAST and not attempt.detached:
             request.suspects.append((server, failure))

@@ -249,6 +249,7 @@ class Fleet:
         elif attempt.request.stream and kind is _GENERATE:
             target.note_first_token(took_ns, now_ns)
         target.runner_key = attempt.request.runner_key
+        target.failures = target.failing_until_ns = 0
         if not target.loaded:
             target.loaded = True
             self._changed()

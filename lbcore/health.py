@@ -12,8 +12,10 @@ from lbcore.schema import SECOND_NS
 ALIVE_FROM = 1.0
 """A server whose health is below this is dead; a revived one starts here."""
 
-BUSY_PAUSE_NS = SECOND_NS
-"""How long others go first after a 503 from a server: it blames nobody, but asking again at once is in vain."""
+FAILING_NS = SECOND_NS
+"""How long others go first after a server has failed a request; doubles with each further failure, 16 times at most."""
+
+_FAILURES_MAX = 4
 
 _BREAKS_MAX = 5  # the pause of an unreliable, or dead, server doubles this often at most: 32 times the first
 
@@ -49,6 +51,12 @@ BLAME: Mapping[Reason, Blame] = {
     Reason.CLIENT_LEFT: Blame.NONE,
     Reason.DRAINED: Blame.NONE,
 }
+
+SETS_BACK = frozenset({reason for reason, blame in BLAME.items() if blame is not Blame.NONE} | {Reason.BUSY})
+"""Failures after which others go first for a while, whoever is to blame: asking there again at once is in vain.
+
+A server that fails at once is idle, and would draw every request.
+"""
 
 TIMEOUTS = frozenset(
     {Reason.CONNECT_TIMEOUT, Reason.FIRST_TOKEN_TIMEOUT, Reason.SILENCE_TIMEOUT, Reason.ANSWER_TIMEOUT}
@@ -88,6 +96,11 @@ def distrust_ns(breaks: int, settings: HealthSettings) -> int:
     Doubling ejection times are Envoy's outlier detection; that a second chance comes at all is the original's.
     """
     return settings.second_chance_ns << min(max(breaks - 1, 0), _BREAKS_MAX)
+
+
+def failing_ns(failures: int) -> int:
+    """Return how long others go first after a server's `failures`-th failure in a row, ns."""
+    return FAILING_NS << min(max(failures - 1, 0), _FAILURES_MAX)
 
 
 def revive_pause_ns(deaths: int, settings: ProbeSettings) -> int:

@@ -74,7 +74,8 @@ class ServerModel:
     __slots__ = (
         "active",
         "available",
-        "busy_until_ns",
+        "failing_until_ns",
+        "failures",
         "floor_ns",
         "in_flight",
         "known_ns",
@@ -101,7 +102,8 @@ class ServerModel:
         self.floor_ns = 0  # lower bound from lost races
         self.known_ns = 0  # the higher of the two; 0: nothing is known
         self.seen_ns = 0  # when the two above last changed
-        self.busy_until_ns = 0  # it has answered 503: others go first until then
+        self.failures = 0  # in a row, before a first token
+        self.failing_until_ns = 0  # others go first until then
         self.load_ns: float | None = None
         self.service_ns: float | None = None
         self.token_rate: float | None = None  # tokens/s

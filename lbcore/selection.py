@@ -78,9 +78,9 @@ def faded_ns(record: ServerModel, best_ns: float, now_ns: int, forget_ns: int) -
 def expected_ns(server: Server, record: ServerModel, request: Request, first_token_ns: float, now_ns: int) -> float:
     """Return when a first token can be expected, ns from now: the queue, the load and the prompt.
 
-    A server that was busy is so until its pause is over.
+    A server that has just failed is taken to fail until its time is over.
     """
-    expected = first_token_ns + max(0, record.busy_until_ns - now_ns)
+    expected = first_token_ns + max(0, record.failing_until_ns - now_ns)
     waiting = record.in_flight - server.slots + 1
     if waiting > 0:
         expected += waiting * (record.service_ns or SERVICE_UNKNOWN_NS) / server.slots
@@ -193,7 +193,7 @@ def ranks_of(
         for i, record in enumerate(records)
         if record.in_flight >= candidates[i].slots
         or not record.loaded
-        or record.busy_until_ns > now_ns
+        or record.failing_until_ns > now_ns
         or (record.runner_key != runner_key and record.runner_key is not None)
     ]:
         expected[i] = expected_ns(candidates[i], records[i], request, expected[i], now_ns)

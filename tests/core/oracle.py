@@ -47,8 +47,8 @@ def _expected_ns(server: Server, candidates: list[Server], request: Request, con
     if not record.is_warm(request.runner_key):
         loads = [other for other in server.models.values() if other.loading and other is not record]
         expected_ns += (1 + len(loads)) * (record.load_ns or LOAD_UNKNOWN_NS)
-    if record.busy_until_ns > now_ns:
-        expected_ns += record.busy_until_ns - now_ns
+    if record.failing_until_ns > now_ns:
+        expected_ns += record.failing_until_ns - now_ns
     return expected_ns
 
 

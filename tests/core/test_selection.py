@@ -34,7 +34,7 @@ SERVERS = st.lists(
             "service_ns": st.sampled_from([None, 1.0, 3e9]),
             "load_ns": st.sampled_from([None, 1.0, 4e9]),
             "loads": st.integers(0, 1),
-            "busy_until_ns": st.sampled_from([0, 0, NOW_NS, NOW_NS + 300 * MS_NS]),
+            "failing_until_ns": st.sampled_from([0, 0, NOW_NS, NOW_NS + 300 * MS_NS]),
         }
     ),
     min_size=1,
@@ -51,7 +51,7 @@ def _server(i: int, facts: dict[str, Any]) -> Server:
         setattr(server, name, facts[name])
     for name in ("in_flight", "loaded", "runner_key", "known_ns", "seen_ns", "service_ns", "load_ns"):
         setattr(record, name, facts[name])
-    record.busy_until_ns = facts.get("busy_until_ns", 0)
+    record.failing_until_ns = facts.get("failing_until_ns", 0)
     return server
 
 
