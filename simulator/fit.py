@@ -61,12 +61,13 @@ def read_log(lines: Iterable[str]) -> Recorded:
     """Read a log by replaying it. Raises `lbcore.trace.LogError`."""
     replay = Replay(lines)
     balancer = replay.balancer
-    began_ns: int = replay.header["now_ns"]
-    found = Recorded(balancer.config, began_ns)
+    found = Recorded(balancer.config, replay.header["now_ns"])
     live: dict[int, Seen] = {}
     open_requests: dict[int, Request] = {}
-    for step in replay:
+    for n_steps, step in enumerate(replay):
         now_ns = found.ended_ns = step.now_ns
+        if not n_steps:
+            found.began_ns = now_ns  # a log that begins with the program has 0 in its header, whatever its clock says
         for attempt in list(balancer.ledger.attempts.values())[-8:]:
             if attempt.id not in live:
                 company = attempt.target.in_flight if attempt.target is not None else 1

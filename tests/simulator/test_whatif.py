@@ -12,7 +12,7 @@ import pytest
 from lbcore.balancer import LoadBalancer
 from lbcore.config import Config
 from lbcore.config_routes import parse_routes
-from lbcore.schema import MS_NS
+from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.trace import Recorder
 from simulator.fit import Recorded, RecordedSource, fit, read_log
 from simulator.placements import WorldView
@@ -89,6 +89,12 @@ def test_the_fit_reproduces_what_was_recorded(found: Recorded) -> None:
     assert abs(answer.errors["ttft_p50_ms"]) < 0.1
     assert abs(answer.errors["e2e_p50_ms"]) < 0.1
     assert answer.changed == answer.fitted
+
+
+def test_a_log_of_a_machine_that_has_been_up_for_days_says_the_same(log: list[str], found: Recorded) -> None:
+    delta_ns, *rest = json.loads(log[2])
+    shifted = [*log[:2], json.dumps([delta_ns + 10 * 86_400 * SECOND_NS, *rest]) + "\n", *log[3:]]
+    assert answer_of(read_log(shifted), Change()) == answer_of(found, Change())
 
 
 def test_twice_the_traffic_waits_longer(found: Recorded) -> None:
