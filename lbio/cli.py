@@ -218,7 +218,8 @@ def replay(log: Path, *, at: int | None, as_json: bool) -> int:
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes. [default: one for each core]")
 @click.option("--swarm", "n_swarm", type=click.IntRange(1), metavar="N",
               help="Run N scenarios drawn at random instead, from --seed (1) on.")
-@click.option("--save", type=click.Path(path_type=Path), metavar="DIR", help="Write those of a swarm that fail as files.")
+@click.option("--save", type=click.Path(path_type=Path), metavar="DIR",
+              help="Write those of a swarm that fail as files.")
 def simulate(n_swarm: int | None, save: Path | None, **wanted: Any) -> int:
     """Run scenarios in virtual time, and judge what came of them.
 
