@@ -151,7 +151,7 @@ class RecordSettings:
         "")
     bytes_max: int = size(
         "when the file is larger it becomes path.1, path.1 becomes path.2, and a new one is begun, which can be "
-        "replayed by itself; some 2 KB a request",
+        "replayed by itself; some 0.8 KB a request",
         64 * MIB, low=1 * MIB, high=64 * GIB)
     files: int = count("files kept, the one that is written included", 4, low=1, high=1000)
 
