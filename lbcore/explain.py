@@ -203,7 +203,7 @@ def _candidates(
     holders = selection.eligible(balancer.fleet.holders(request.model), request)
     drawn = [server for server in holders if selection.has_room(server, request)]
     ranks = dict(zip((s.id for s in drawn), _ranks(balancer, drawn, request, now_ns), strict=True))
-    weights = {server.id: server.health / (1 + server.in_flight) for server in drawn}
+    weights = {server.id: selection.weight_of(server) for server in drawn}
     front = [s for s in drawn if not selection.is_passed_over(s, now_ns)] or drawn
     first_rank = min((ranks[server.id] for server in front), default=0)
     front = [server for server in front if ranks[server.id] == first_rank]

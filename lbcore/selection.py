@@ -118,6 +118,11 @@ def order(
     return Drawn(candidates, ranks, rng)
 
 
+def weight_of(server: Server) -> float:
+    """Return the weight with which a server is drawn among those of its rank."""
+    return (server.health or _WEIGHT_MIN) / (1 + server.in_flight)
+
+
 def load_of(server: Server) -> int:
     """Return what is in flight on a server, in 1024ths of its slots."""
     return (server.in_flight << 10) // server.slots
@@ -161,7 +166,7 @@ class Drawn(Sequence[Server]):
             ranks = self._ranks
             self._rank = rank = min(ranks if self._rank < 0 else [rank for rank in ranks if rank > self._rank])
             self._group = group = [self._candidates[i] for i, its_rank in enumerate(ranks) if its_rank == rank]
-            self._weights = weights = [(s.health or _WEIGHT_MIN) / (1 + s.in_flight) for s in group]
+            self._weights = weights = [weight_of(s) for s in group] if len(group) > 1 else []
         if len(group) == 1:
             return group.pop()
         left = self._rng.random() * sum(weights)

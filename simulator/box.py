@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from lbcore.events import ActiveModel, ModelInfo, Reason
+from simulator.api import BUSY, RUNNER_GONE
 from simulator.asks import Ask
 from simulator.fake_ollama import FakeOllama, Notice, Refused, Started, Token
 from simulator.faults import Effect, FaultKind, active, next_change_ns
@@ -261,7 +262,7 @@ class Box:
             elif isinstance(notice, Refused):
                 self._drop(notice.job_id, notice.at_ns, Reason.BUSY, 503, BUSY)
             elif isinstance(notice, Crashed):
-                self._drop(notice.job_id, notice.at_ns, Reason.SERVER_ERROR, 500, CRASHED)
+                self._drop(notice.job_id, notice.at_ns, Reason.SERVER_ERROR, 500, RUNNER_GONE)
 
     def _on_started(self, notice: Started) -> None:
         visitor = self._visitors.get(notice.job_id)
@@ -369,12 +370,10 @@ class Box:
         return not bad and not self.wire.is_cut(now_ns)
 
 
-BUSY = "server busy, please try again.  maximum pending requests exceeded"
-CRASHED = "llama runner process has terminated: exit status 2"
 _INSTEAD: dict[FaultKind, tuple[Reason, int, str]] = {
     FaultKind.RESET: (Reason.RESET, 0, ""),
     FaultKind.GARBAGE: (Reason.GARBAGE, 0, ""),
-    FaultKind.ERROR_500: (Reason.SERVER_ERROR, 500, "internal server error"),
+    FaultKind.ERROR_500: (Reason.SERVER_ERROR, 500, RUNNER_GONE),
     FaultKind.BUSY_503: (Reason.BUSY, 503, BUSY),
 }
 

@@ -52,10 +52,10 @@ def offered_load(scenario: Scenario) -> float:
     rate = sum(d.rate for d in demands)
     if not rate:
         raise LoadError("has no rate of requests that could be a load")
-    models: Counter[str] = Counter()
+    models: dict[str, float] = {}
     for d in demands:
         for model, share in d.models.items():
-            models[model] += share * d.rate  # type: ignore[assignment]  # a counter of weights
+            models[model] = models.get(model, 0.0) + share * d.rate
     prompt = sum(d.prompt_tokens * d.rate for d in demands) / rate
     output = sum(d.output_tokens * d.rate for d in demands) / rate
     capacity = sum(capacity_of(spec, models, prompt, output) for spec in scenario.specs)

@@ -11,10 +11,15 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from lbcore.commands import Decision
+from lbcore.commands import CommitAttempt, Decision, RecordDecision
+from lbcore.events import RequestArrived
+from lbcore.loglines import COMMAND_CODES, EVENT_CODES
+from lbcore.trace import MARK
 from simulator.trace_rows import BadLineError, Parse, Row
 
-_MARK = "ollama-lb-log"
+_ARRIVED = EVENT_CODES[RequestArrived]
+_COMMIT = COMMAND_CODES[CommitAttempt]
+_DECISION = COMMAND_CODES[RecordDecision]
 
 
 @dataclass(slots=True)
@@ -47,7 +52,7 @@ class _Log:
         self._now_ns += delta_ns
         for attempt, _, tokens, *_ in chunks:
             self._tokens[attempt] = self._tokens.get(attempt, 0) + tokens
-        if event is not None and event[0] == "arrived":
+        if event is not None and event[0] == _ARRIVED:
             _, request, route, model, kind, stream, generates, key = event
             if generates and kind == "generate" and model is not None:
                 num_ctx = json.loads(key).get("num_ctx") if key else None
@@ -55,9 +60,9 @@ class _Log:
                 self._open[request] = _Open(self._now_ns, row)
         ended = None
         for command in commands if isinstance(commands, list) else ():
-            if command[0] == "commit" and command[1] in self._open:
+            if command[0] == _COMMIT and command[1] in self._open:
                 self._open[command[1]].attempt = command[2]
-            elif command[0] == "decision" and command[1] in _ENDS and command[2] in self._open:
+            elif command[0] == _DECISION and command[1] in _ENDS and command[2] in self._open:
                 ended = self._end(self._open.pop(command[2]), Decision(command[1]))
         return ended
 
@@ -85,4 +90,4 @@ def event_log(header: str) -> Parse:
 
 def is_event_log(line: str) -> bool:
     """Tell whether a line is the header of an event log."""
-    return line.startswith(f'{{"{_MARK}"')
+    return line.startswith(f'{{"{MARK}"')

@@ -18,6 +18,7 @@ import click
 import tomli_w
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lbcore.parsing import Problem
 from simulator.dice import SeededDice, Tables, draw_scenario
 from simulator.results import RunResult
 from simulator.scenario import Scenario, parse_scenario, run_scenario
@@ -46,8 +47,8 @@ def swarm_scenario(seed: int) -> Tables:
 
 def parse_tables(tables: Tables, name: str) -> Scenario:
     """Return the scenario that drawn tables describe. Raises ValueError: what is drawn must be sound."""
-    problems: list[object] = []
-    scenario = parse_scenario(tables, name, problems)  # type: ignore[arg-type]
+    problems: list[Problem] = []
+    scenario = parse_scenario(tables, name, problems)
     if scenario is None:
         raise ValueError("; ".join(map(str, problems)))
     return scenario

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from math import log
 from typing import Any
 
 from lbcore.balancer import LoadBalancer
@@ -46,7 +45,8 @@ from simulator.asks import Ask, Source
 from simulator.attempt import AttemptRun
 from simulator.box import Box
 from simulator.kernel import Kernel
-from simulator.results import GAP_STEP, AttemptResult, HealthPoint, Outcome, RequestResult, RunResult
+from simulator.results import AttemptResult, HealthPoint, Outcome, RequestResult, RunResult
+from simulator.summary import gap_bin
 
 Models = tuple[tuple[ModelInfo, ...], tuple[ActiveModel, ...]]
 Watcher = Callable[[Event | None, Sequence[Command], int], None]
@@ -93,7 +93,6 @@ class World:
         self._runs: dict[int, AttemptRun] = {}
         self._call_of: dict[int, Call] = {}  # by attempt id
         self._probes: dict[int, int] = {}  # probe id -> server id
-        self._log_gap_step = log(GAP_STEP)
         self._timer_ns: int | None = None
         self._balancer: LoadBalancer  # given by `begin`, since it may need to ask this world
         self._execute: Mapping[type, Callable[[Any], None]] = {
@@ -242,7 +241,7 @@ class World:
     def _count_gaps(self, run: AttemptRun) -> None:
         gaps = self.result.gaps
         for share, gap_ns in run.gaps:
-            gaps.bins[round(log(max(1, gap_ns)) / self._log_gap_step)] += round(share)
+            gaps.bins[gap_bin(gap_ns)] += round(share)
             gaps.max_ns = max(gaps.max_ns, gap_ns)
 
     # --- commands about requests -----------------------------------------------------------------------------
