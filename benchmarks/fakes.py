@@ -16,9 +16,9 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
+from simulator.fakes.specs import FakeSpec
 from simulator.faults import Fault, FaultKind
 from simulator.serve import FakeServer, Stats, now_ns, serve_fleet
-from simulator.specs import FakeSpec
 
 _DEFAULTS: dict[str, Any] = {
     "start_loaded": ("llama3.2",),

@@ -43,11 +43,11 @@ from benchmarks.load import Outcome, ask
 from benchmarks.stages import raw_of, scenario_of, tables
 from lbcore.balancer import LoadBalancer
 from lbcore.config import Config
-from simulator.asks import Ask
-from simulator.placements import WorldView
-from simulator.results import Outcome as Fate
+from simulator.policies.placements import WorldView
+from simulator.reports.results import Outcome as Fate
 from simulator.scenario import Scenario, run_scenario
 from simulator.workload import make_source
+from simulator.workloads.asks import Ask
 
 REQUESTS, QUICK_REQUESTS = 1000, 200
 SEED = 1
@@ -152,7 +152,7 @@ def _balanced(stage: _Stage, n_requests: int, where: Path) -> Iterator[int]:
 
 
 def body_of(one: Ask) -> bytes:
-    """Return a chat whose prompt and answer have the ask's lengths, as the fakes count them (`simulator.bodies`)."""
+    """Return a chat whose prompt and answer have the ask's lengths, counted as `simulator.fakes.bodies` does."""
     text = "x" * 4 * (one.prompt_tokens - 9)
     options = {"num_predict": one.output_tokens} | ({} if one.num_ctx is None else {"num_ctx": one.num_ctx})
     body = {"model": one.model, "messages": [{"role": "user", "content": text}], "options": options}

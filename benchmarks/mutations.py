@@ -1,8 +1,8 @@
 """Breaks the core in ways that are listed here, and shows which check catches each: `python -m benchmarks.mutations`.
 
 A check that catches nothing is worth nothing. Each mutation is one edit of the core's source, made in memory and undone
-after it. The checks are those that CI runs: random scenarios (`simulator.swarm`) with the audit of the core's own books
-(`lbcore.invariants`), the promises seen from outside (`simulator.promises`) and liveness.
+after it. The checks are those that CI runs: random scenarios (`simulator.sweeps.swarm`) with the audit of the core's
+own books (`lbcore.invariants`), the promises seen from outside (`simulator.promises`) and liveness.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lbcore.invariants import Auditor
-from simulator.swarm import run_seed
+from simulator.sweeps.swarm import run_seed
 
 SEEDS_MAX = 200
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from lbcore.parsing import Problem
     from lbio.service import FleetFactory
     from lbio.settings import AppConfig
+    from simulator.fakes.specs import FakeSpec
     from simulator.serve import FakeServer
-    from simulator.specs import FakeSpec
 
 _C = TypeVar("_C", bound=Callable[..., Any])
 
@@ -229,7 +229,7 @@ def simulate(n_swarm: int | None, save: Path | None, **wanted: Any) -> int:
     if bool(wanted["paths"]) == (n_swarm is not None):
         raise click.UsageError("Name a SCENARIO, or --swarm N." if n_swarm is None else "--swarm takes no SCENARIO.")
     if n_swarm is not None:
-        from simulator.swarm import swarm
+        from simulator.sweeps.swarm import swarm
 
         return swarm(n_swarm, 1 if wanted["seed"] is None else wanted["seed"], save=save, workers=wanted["workers"])
     if save is not None:
@@ -256,8 +256,8 @@ def what_if(log: Path, config: str | None, servers: tuple[str, ...], speed: floa
     LOG is what [record] writes. Its requests run again on simulated servers whose speeds are fitted to it; how well
     these reproduce what was recorded is said first.
     """
-    from simulator.whatif import Change, parse_servers
-    from simulator.whatif import what_if as ask
+    from simulator.sweeps.whatif import Change, parse_servers
+    from simulator.sweeps.whatif import what_if as ask
 
     app = None if config is None else _load(config, {}, [], need_servers=False)
     if config is not None and app is None:
@@ -285,8 +285,8 @@ def bench(**wanted: Any) -> int:
     BENCH is a TOML file, or a folder of them, that names scenarios, policies, loads and the number of seeds. Exits with
     1 when a run violated an invariant.
     """
-    from simulator.bench import Wanted
-    from simulator.bench import bench as run_bench
+    from simulator.sweeps.bench import Wanted
+    from simulator.sweeps.bench import bench as run_bench
 
     return run_bench(Wanted(**wanted))
 

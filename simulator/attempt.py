@@ -14,10 +14,10 @@ from lbcore.events import (
     Reason,
     StreamEnded,
 )
-from simulator.asks import Ask
 from simulator.box import Box
 from simulator.kernel import Kernel
-from simulator.results import AttemptResult
+from simulator.reports.results import AttemptResult
+from simulator.workloads.asks import Ask
 
 BYTES_PER_TOKEN = 4
 """Of a prompt, on its way to the server: English text, as the fakes count it."""

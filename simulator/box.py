@@ -11,16 +11,16 @@ from collections.abc import Callable
 from typing import Protocol
 
 from lbcore.events import ActiveModel, ModelInfo, Reason
-from simulator.api import BUSY, RUNNER_GONE
-from simulator.asks import Ask
 from simulator.fake_ollama import FakeOllama, Notice, Refused, Started, Token
+from simulator.fakes.api import BUSY, RUNNER_GONE
+from simulator.fakes.jobs import Crashed, Job
+from simulator.fakes.listings import digest
+from simulator.fakes.specs import NS_PER_S, FakeModel, FakeSpec, runner_options
 from simulator.faults import Effect, FaultKind, active, next_change_ns
-from simulator.jobs import Crashed, Job
 from simulator.kernel import Kernel
-from simulator.listings import digest
 from simulator.network import Wire
-from simulator.results import ServerResult
-from simulator.specs import NS_PER_S, FakeModel, FakeSpec, runner_options
+from simulator.reports.results import ServerResult
+from simulator.workloads.asks import Ask
 
 _HANGS = frozenset({FaultKind.HANG, FaultKind.HANG_CHAT})
 _FORESIGHT_NS = 3600 * NS_PER_S

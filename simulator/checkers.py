@@ -12,7 +12,7 @@ from lbcore.events import Event
 from lbcore.invariants import Auditor
 from lbcore.schema import SECOND_NS
 from simulator.promises import Promises
-from simulator.results import Outcome, RunResult
+from simulator.reports.results import Outcome, RunResult
 from simulator.world import World
 
 _VIOLATIONS_MAX = 20  # one defect is seen again and again; the first ones tell most

@@ -19,13 +19,13 @@ from lbcore.balancer import LoadBalancer
 from lbcore.config import Config
 from lbcore.trace import Recorder
 from simulator.inputs import InputError, load_scenario, toml_files
-from simulator.placements import WorldView
-from simulator.policies import PolicyError, PolicySpec, policy
+from simulator.policies.known import PolicyError, PolicySpec, policy
+from simulator.policies.placements import WorldView
 from simulator.report import Verdict, judge, print_run, print_scenarios, print_seeds, to_json
-from simulator.results import RunResult
+from simulator.reports.results import RunResult
+from simulator.reports.story import explain
+from simulator.reports.summary import summarise
 from simulator.scenario import Build, Scenario, run_scenario
-from simulator.story import explain
-from simulator.summary import summarise
 from simulator.tables import new_console
 
 __all__ = ["InputError", "Wanted", "load_scenario", "simulate"]
@@ -202,8 +202,8 @@ def _write(file: IO[str], line: str) -> None:
 
 
 def _plot(result: RunResult, path: Path) -> None:
-    from simulator.plots import PlotError  # noqa: PLC0415  only who wants pictures needs matplotlib
-    from simulator.run_plot import plot_run  # noqa: PLC0415
+    from simulator.reports.plots import PlotError  # noqa: PLC0415  only who wants pictures needs matplotlib
+    from simulator.reports.run_plot import plot_run  # noqa: PLC0415
 
     try:
         plot_run(result, path)

@@ -15,10 +15,9 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from simulator.asks import BLOCK_TOKENS
-from simulator.engine import Engine
-from simulator.jobs import Crashed, Job, Loaded, Notice, Refused, Started, Token, Unloaded, Work
-from simulator.specs import (
+from simulator.fakes.engine import Engine
+from simulator.fakes.jobs import Crashed, Job, Loaded, Notice, Refused, Started, Token, Unloaded, Work
+from simulator.fakes.specs import (
     FOREVER_NS,
     NS_PER_MS,
     NS_PER_S,
@@ -31,6 +30,7 @@ from simulator.specs import (
     model_key,
     runner_options,
 )
+from simulator.workloads.asks import BLOCK_TOKENS
 
 __all__ = [
     "FOREVER_NS",

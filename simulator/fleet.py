@@ -10,9 +10,9 @@ from typing import Any
 from lbcore.ollama import canonical_model
 from lbcore.parsing import Keys, Problem, choice_fix, parse_table
 from lbcore.schema import MS_NS, SECOND_NS, Kind, count, duration, fields_of, join, keys_of, ratio, setting, size
+from simulator.fakes.specs import FakeModel, FakeSpec
 from simulator.faults import Fault, FaultKind
 from simulator.profiles import Profile, ProfileError, profile, profile_names, speed_of
-from simulator.specs import FakeModel, FakeSpec
 
 # ruff: noqa: RUF009  # schema functions declare fields; they do not make shared mutable values
 

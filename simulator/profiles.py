@@ -16,7 +16,7 @@ from typing import Any
 
 from lbcore.parsing import ABSENT, Problem, choice_fix, parse_table, quote
 from lbcore.schema import Kind, count, duration, join, ratio, setting, size
-from simulator.engine import Speed
+from simulator.fakes.engine import Speed
 
 BYTES_PER_PARAMETER = 0.61
 """Of a Q4_K_M model: 4.58 GiB for 8.03 billion, 39.6 GiB for 70.6 (XiongjieDai/GPU-Benchmarks-on-LLM-Inference)."""

@@ -15,10 +15,10 @@ from rich.text import Text
 
 from lbcore.health import ALIVE_FROM
 from lbcore.schema import SECOND_NS
-from simulator.expect import Expectation, check
-from simulator.figures import Spread, figure_of, merge
-from simulator.results import Outcome
-from simulator.summary import HealthSummary, Quantiles, ServerSummary, Summary, flat
+from simulator.reports.expect import Expectation, check
+from simulator.reports.figures import Spread, figure_of, merge
+from simulator.reports.results import Outcome
+from simulator.reports.summary import HealthSummary, Quantiles, ServerSummary, Summary, flat
 from simulator.tables import add, figure_text, finite, is_utf, new_table, percent_text, printable, say, show, time_text
 
 _WIDTH_MORE = 90  # from here on there is room for all columns of servers

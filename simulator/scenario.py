@@ -18,19 +18,19 @@ from lbcore.config_order import CORE_ORDER, check_order
 from lbcore.config_routes import ROUTE_KEYS, parse_routes
 from lbcore.parsing import ABSENT, Keys, Problem, parse_table
 from lbcore.schema import SECOND_NS, Kind, count, duration, fields_of, join, keys_of, ratio, section, setting, size
-from simulator.asks import Source
 from simulator.box import Box
 from simulator.checkers import Safety, check_liveness, check_recovery, is_settled
-from simulator.expect import Expectation, parse_expect
+from simulator.fakes.specs import FakeSpec
 from simulator.faults import Fault, FaultKind
 from simulator.fleet import FaultTable, parse_fault, parse_fleet
 from simulator.kernel import Kernel
 from simulator.network import Link, LinkFault, LinkFaultKind, Wire
-from simulator.placements import WorldView
+from simulator.policies.placements import WorldView
 from simulator.promises import Promises
-from simulator.results import Band, RunResult
-from simulator.specs import FakeSpec
+from simulator.reports.expect import Expectation, parse_expect
+from simulator.reports.results import Band, RunResult
 from simulator.workload import Workload, make_source, parse_workload
+from simulator.workloads.asks import Source
 from simulator.world import World
 
 # ruff: noqa: RUF009  # schema functions declare fields; they do not make shared mutable values

@@ -5,8 +5,8 @@
         fleet[1].set_fault(Fault(FaultKind.HANG))
         await fleet[0].stop()
 
-What to answer and when is decided in `simulator.api` and `simulator.fake_ollama`, `simulator.live` sleeps for
-it, and here it is framed and written as Go's HTTP server does. A client that leaves is noticed at once: its
+What to answer and when is decided in `simulator.fakes.api` and `simulator.fake_ollama`, `simulator.fakes.live` sleeps
+for it, and here it is framed and written as Go's HTTP server does. A client that leaves is noticed at once: its
 slot is freed and no further token is made.
 """
 
@@ -31,12 +31,12 @@ from lbio.http1 import (
     serialize_response,
 )
 from lbio.streams import TCP, Listener, Network, Stream
-from simulator.answers import http_date
-from simulator.api import Generation, HeaderPairs, Lines, Reply, Request, fault_reply, generates, handle
 from simulator.fake_ollama import FakeSpec
+from simulator.fakes.answers import http_date
+from simulator.fakes.api import Generation, HeaderPairs, Lines, Reply, Request, fault_reply, generates, handle
+from simulator.fakes.live import Abort, Cut, LiveFake, Progress, Stats, now_ns
+from simulator.fakes.recite import recite
 from simulator.faults import Fault, FaultKind
-from simulator.live import Abort, Cut, LiveFake, Progress, Stats, now_ns
-from simulator.recite import recite
 
 __all__ = ["Abort", "FakeServer", "Stats", "now_ns", "serve_fleet"]
 

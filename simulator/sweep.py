@@ -19,15 +19,15 @@ from typing import Any
 
 from lbcore import __version__
 from lbcore.parsing import ABSENT, Problem
-from simulator.bench_file import CONFIGURED, Case
 from simulator.cli import builder
-from simulator.figures import FIGURES, SweepRow, sweep_row
 from simulator.inputs import InputError, parse_scenario_text
-from simulator.policies import policy
+from simulator.policies.known import policy
+from simulator.reports.figures import FIGURES, SweepRow, sweep_row
+from simulator.reports.summary import flat, summarise
 from simulator.scenario import Scenario, run_scenario
-from simulator.sources import Trace, scaled
-from simulator.summary import flat, summarise
+from simulator.sweeps.bench_file import CONFIGURED, Case
 from simulator.tables import finite
+from simulator.workloads.sources import Trace, scaled
 
 _WINDOW = 64  # jobs with the executor at a time: enough for its workers, and soon cancelled
 
@@ -153,8 +153,8 @@ def _program() -> str:
     seen = sha256(__version__.encode())
     here = Path(__file__).parent
     for folder in (here.parent / "lbcore", here):
-        for file in sorted(folder.glob("*.py")) + sorted(folder.glob("*.toml")):
-            seen.update(file.name.encode() + b"\0" + file.read_bytes())
+        for file in sorted(file for file in folder.rglob("*") if file.suffix in {".py", ".toml"}):
+            seen.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
     return seen.hexdigest()
 
 

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lbcore.schema import MS_NS, SECOND_NS
-from simulator.figures import Figure
-from simulator.summary import ratio
+from simulator.reports.figures import Figure
+from simulator.reports.summary import ratio
 
 _WIDTH_MIN = 80
 _WIDTH_MAX = 10_000

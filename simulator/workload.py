@@ -1,6 +1,6 @@
 """What clients do in a run: `[workload]` tables into settings, with every problem found.
 
-Several `[[workload]]` tables are merged by time. The keys of each kind are in `simulator.workload_tables`;
+Several `[[workload]]` tables are merged by time. The keys of each kind are in `simulator.workloads.tables`;
 `make_source` makes the asks. Pure but for a look at the first line of a trace.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from lbcore.parsing import ABSENT, Keys, Problem, parse_table
 from lbcore.schema import SECOND_NS, join, ratio
-from simulator.arrivals import Arrivals, Even, Gamma, Herd, Mmpp, Poisson
 from simulator.fleet import DEFAULT_MODEL
-from simulator.lengths import (
+from simulator.workloads.arrivals import Arrivals, Even, Gamma, Herd, Mmpp, Poisson
+from simulator.workloads.lengths import (
     WAIT_MAX_NS,
     Amount,
     Mix,
@@ -27,9 +27,18 @@ from simulator.lengths import (
     parse_tokens,
     parse_weights,
 )
-from simulator.sources import Leave, OpenLoop, Sessions, Settings, Trace, Traits, Workload, make_source, scaled
-from simulator.traces import TraceError, format_of
-from simulator.workload_tables import (
+from simulator.workloads.sources import (
+    Leave,
+    OpenLoop,
+    Sessions,
+    Settings,
+    Trace,
+    Traits,
+    Workload,
+    make_source,
+    scaled,
+)
+from simulator.workloads.tables import (
     LISTS,
     TABLES,
     CommonTable,
@@ -42,6 +51,7 @@ from simulator.workload_tables import (
     TraceFormat,
     WorkloadKind,
 )
+from simulator.workloads.traces import TraceError, format_of
 
 __all__ = ["Workload", "make_source", "parse_workload", "scaled"]
 

@@ -41,12 +41,12 @@ from lbcore.events import (
 )
 from lbcore.ollama import RequestKind, runner_key
 from lbcore.timers import TimerKind
-from simulator.asks import Ask, Source
 from simulator.attempt import AttemptRun
 from simulator.box import Box
 from simulator.kernel import Kernel
-from simulator.results import AttemptResult, HealthPoint, Outcome, RequestResult, RunResult
-from simulator.summary import gap_bin
+from simulator.reports.results import AttemptResult, HealthPoint, Outcome, RequestResult, RunResult
+from simulator.reports.summary import gap_bin
+from simulator.workloads.asks import Ask, Source
 
 Models = tuple[tuple[ModelInfo, ...], tuple[ActiveModel, ...]]
 Watcher = Callable[[Event | None, Sequence[Command], int], None]
@@ -390,7 +390,7 @@ class World:
         result.servers = list(servers.values())
         result.amplification = len(result.attempts) / max(1, len(result.requests))
 
-    # --- what policies may ask that know more than the core (`simulator.placements.WorldView`) -------------------
+    # --- what policies may ask that know more than the core (`simulator.policies.placements.WorldView`) ----------
 
     def session_of(self, request_id: int) -> int:
         """Return the session of a request; 0: none."""

@@ -23,8 +23,8 @@ from lbcore.schema import SECOND_NS, Field, Kind, describe_setting, fields_of, f
 from lbio.addresses import Address, is_same_place, parse_listen, parse_name, parse_server_url
 from lbio.config_file import NO_OVERRIDES, ConfigError, Overrides, document, dump, load, parse
 from lbio.settings import AppConfig, Forwarded, LogLevel
+from simulator.fakes.specs import FakeSpec
 from simulator.fleet import parse_fleet
-from simulator.specs import FakeSpec
 
 # ruff: noqa: E501  # tables of exact messages: one case a line
 

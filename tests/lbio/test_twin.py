@@ -19,11 +19,11 @@ from benchmarks.fidelity import CONFIG_TABLES, body_of
 from benchmarks.stages import raw_of, scenario_of, tables
 from lbcore.balancer import LoadBalancer
 from lbcore.parsing import Problem
-from simulator.asks import Ask
 from simulator.fleet import DEFAULT_MODEL as MODEL
-from simulator.results import Outcome
+from simulator.reports.results import Outcome
 from simulator.scenario import Scenario, parse_scenario, run_scenario
 from simulator.workload import make_source
+from simulator.workloads.asks import Ask
 from tests.lbio.virtual import Caller, Rig, in_virtual_time, took, virtual
 from tests.simulator.wire import parse as parse_answer
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lbcore.parsing import Problem
-from simulator.asks import Ask, Source
 from simulator.workload import Workload, make_source, parse_workload
+from simulator.workloads.asks import Ask, Source
 
 S = 1_000_000_000
 MS = 1_000_000

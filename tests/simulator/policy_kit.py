@@ -10,7 +10,7 @@ from lbcore.commands import AttemptKind, StartAttempt
 from lbcore.config import RouteSettings
 from lbcore.records import Request
 from lbcore.schema import MS_NS
-from simulator.policies import policy
+from simulator.policies.known import policy
 from tests import playbook
 from tests.playbook import A, Playbook, arrival, fleet
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 
 from lbcore.schema import MS_NS, SECOND_NS
-from simulator.asks import Ask
-from simulator.results import (
+from simulator.reports.results import (
     AttemptResult,
     Band,
     Gaps,
@@ -16,7 +15,8 @@ from simulator.results import (
     RunResult,
     ServerResult,
 )
-from simulator.summary import gap_bin
+from simulator.reports.summary import gap_bin
+from simulator.workloads.asks import Ask
 
 
 def small() -> RunResult:

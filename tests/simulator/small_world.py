@@ -20,7 +20,7 @@ from lbcore.events import Reason
 from lbcore.invariants import Auditor
 from lbcore.ollama import RequestKind, default_routes
 from lbcore.schema import MS_NS, SECOND_NS
-from simulator.policies import POLICIES, policy
+from simulator.policies.known import POLICIES, policy
 
 MODELS = ("m:latest", "n:7b")
 SPEEDS_MS = (40, 60, 80, 120, 400)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.answers import WORDS, continued, go_json, http_date, rfc3339, words
-from simulator.api import Generation, Lines, Moment, Reply, Request, handle
 from simulator.fake_ollama import FakeModel, FakeOllama, FakeSpec, Work
+from simulator.fakes.answers import WORDS, continued, go_json, http_date, rfc3339, words
+from simulator.fakes.api import Generation, Lines, Moment, Reply, Request, handle
 
 S = 1_000_000_000
 EYES = FakeModel("eyes", capabilities=("completion", "vision", "tools", "thinking"))

@@ -139,7 +139,9 @@ def test_a_dask_cluster_gives_the_same_bytes(
     assert run(bench, "--json", "--workers", "1") == 0
     alone = capsys.readouterr().out
     module = SimpleNamespace(Client=FakeClient)
-    monkeypatch.setattr("simulator.bench.importlib.import_module", lambda name: fake_import(name, distributed=module))
+    monkeypatch.setattr(
+        "simulator.sweeps.bench.importlib.import_module", lambda name: fake_import(name, distributed=module)
+    )
     assert run(bench, "--json", "--dask", "tcp://here:8786") == 0
     assert capsys.readouterr().out == alone
     assert run(bench, "--dask", "tcp://nowhere:1") == 2
@@ -149,7 +151,7 @@ def test_a_dask_cluster_gives_the_same_bytes(
 def test_without_dask_it_says_how_to_get_it(
     bench: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("simulator.bench.importlib.import_module", fake_import)
+    monkeypatch.setattr("simulator.sweeps.bench.importlib.import_module", fake_import)
     assert run(bench, "--dask", "tcp://here:8786") == 2
     assert capsys.readouterr().err == "--dask: dask.distributed is not installed; pip install 'ollama-lb[dask]'\n"
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.engine import Engine, Mark, Speed
+from simulator.fakes.engine import Engine, Mark, Speed
 
 MS = 1_000_000
 S = 1_000_000_000

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lbcore.parsing import Problem
-from simulator.expect import Expectation, check, parse_expect
-from simulator.figures import FIGURES
-from simulator.summary import flat, summarise
+from simulator.reports.expect import Expectation, check, parse_expect
+from simulator.reports.figures import FIGURES
+from simulator.reports.summary import flat, summarise
 from tests.simulator.runs import small
 
 

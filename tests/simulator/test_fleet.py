@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from lbcore.parsing import Problem
+from simulator.fakes.specs import FakeModel, FakeSpec
 from simulator.faults import Fault, FaultKind
 from simulator.fleet import parse_fleet
-from simulator.specs import FakeModel, FakeSpec
 
 
 def parse(*tables: dict[str, Any]) -> tuple[tuple[FakeSpec, ...], list[str]]:

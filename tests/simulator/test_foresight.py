@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from lbcore.schema import SECOND_NS
 from simulator.cli import builder
-from simulator.engine import Engine, Speed
 from simulator.fake_ollama import FakeOllama
-from simulator.jobs import Job
-from simulator.policies import policy
+from simulator.fakes.engine import Engine, Speed
+from simulator.fakes.jobs import Job
+from simulator.fakes.specs import FakeModel, FakeSpec, runner_options
+from simulator.policies.known import policy
+from simulator.reports.summary import flat, summarise
 from simulator.scenario import run_scenario
-from simulator.specs import FakeModel, FakeSpec, runner_options
-from simulator.summary import flat, summarise
 from tests.simulator.worlds import scenario, tables
 
 SPEED = Speed(first_token_ns=50, prefill_rate=1e8, token_ns=7, batch_slowdown=0.5, prefill_interference=0.3)

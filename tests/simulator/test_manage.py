@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from simulator.api import Lines, Moment, Reply, Request, handle
 from simulator.fake_ollama import FakeModel, FakeOllama, FakeSpec
-from simulator.manage import put
+from simulator.fakes.api import Lines, Moment, Reply, Request, handle
+from simulator.fakes.manage import put
 from simulator.serve import serve_fleet
 from tests.simulator.wire import ask, body_of
 

@@ -1,4 +1,4 @@
-"""The original program's rules, as stories; what is known and what is assumed of them, `simulator.original` says."""
+"""The original program's rules, as stories; `simulator.policies.original` says what is known of them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lbcore.ollama import RequestKind
 from lbcore.records import Request
 from lbcore.schema import SECOND_NS
 from lbcore.states import Reliability, ServerState
-from simulator.original import Original
-from simulator.policies import policy
+from simulator.policies.known import policy
+from simulator.policies.original import Original
 from tests.playbook import HOUR_NS, Playbook, ProbeSettings, arrival, decision, lost, open_books, rejected
 from tests.simulator.policy_kit import told as told_of
 from tests.simulator.small_world import config_of

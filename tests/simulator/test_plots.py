@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from lbcore.schema import MS_NS, SECOND_NS
-from simulator import plots, run_plot
-from simulator.figures import SweepRow, sweep_row
-from simulator.plots import PlotError, plot_pareto, plot_sweep
-from simulator.results import AttemptResult, Band, HealthPoint, Outcome, RunResult, ServerResult
-from simulator.run_plot import plot_run
+from simulator.reports import plots, run_plot
+from simulator.reports.figures import SweepRow, sweep_row
+from simulator.reports.plots import PlotError, plot_pareto, plot_sweep
+from simulator.reports.results import AttemptResult, Band, HealthPoint, Outcome, RunResult, ServerResult
+from simulator.reports.run_plot import plot_run
 from tests.simulator.runs import big, small
 
 pytest.importorskip("matplotlib", reason="pictures need the extra ollama-lb[plot]")
@@ -251,7 +251,7 @@ def test_policies_are_told_apart_without_colours(figures: list[Any]) -> None:
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from simulator.run_plot import plot_run;"
+        "import sys; from pathlib import Path; from simulator.reports.run_plot import plot_run;"
         "from tests.simulator.runs import small; [plot_run(small(), Path(path)) for path in sys.argv[1:]]"
     )
     found = []
@@ -284,7 +284,10 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_matplotlib_is_not_imported_before_it_is_needed() -> None:
-    code = "import sys, simulator.plots, simulator.run_plot; sys.exit(bool({'matplotlib', 'numpy'} & {*sys.modules}))"
+    code = (
+        "import sys, simulator.reports.plots, simulator.reports.run_plot;"
+        "sys.exit(bool({'matplotlib', 'numpy'} & {*sys.modules}))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -23,8 +23,8 @@ from lbcore.records import Request
 from lbcore.schema import SECOND_NS
 from lbcore.states import Reliability
 from lbio.config_file import load
-from simulator.placements import OtherPlacement
-from simulator.policies import POLICIES, PolicyError, policy
+from simulator.policies.known import POLICIES, PolicyError, policy
+from simulator.policies.placements import OtherPlacement
 from tests.core import test_machine
 from tests.playbook import A, arrival
 from tests.simulator.policy_kit import View, asked, busy, next_id, started, told

@@ -14,8 +14,8 @@ from lbcore.events import Reason
 from lbcore.placement import Placement
 from lbcore.records import Request
 from lbcore.schema import MS_NS, SECOND_NS
-from simulator.placements import DECAY_NS, PENALTY, Peak, PeakEwma, Prequal
-from simulator.policies import policy
+from simulator.policies.known import policy
+from simulator.policies.placements import DECAY_NS, PENALTY, Peak, PeakEwma, Prequal
 from tests.playbook import Playbook, arrival, open_books
 from tests.simulator.policy_kit import View, asked, busy, next_id, serve, started, told
 from tests.simulator.small_world import config_of

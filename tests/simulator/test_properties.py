@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from lbcore.commands import AttemptKind
 from lbcore.events import Reason
-from simulator.dice import Tables, draw_scenario
 from simulator.faults import BREAKS, FaultKind
-from simulator.results import Outcome, RequestResult, RunResult
-from simulator.swarm import run_tables
+from simulator.reports.results import Outcome, RequestResult, RunResult
+from simulator.sweeps.dice import Tables, draw_scenario
+from simulator.sweeps.swarm import run_tables
 from tests.simulator.worlds import MODEL, run, scenario, server, tables
 
 _T = TypeVar("_T")
@@ -100,7 +100,7 @@ def test_a_seed_says_it_all(raw: Tables) -> None:
 
 
 PRINTS_RUNS = """
-from simulator.swarm import run_tables, swarm_scenario
+from simulator.sweeps.swarm import run_tables, swarm_scenario
 for seed in (5, 6, 7):
     result = run_tables(swarm_scenario(seed), "", keep_lines=True)
     print(result.requests, result.attempts, result.health, result.lines, sorted(result.gaps.bins.items()))

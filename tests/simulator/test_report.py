@@ -15,13 +15,13 @@ import pytest
 from rich.console import Console
 
 from lbcore.schema import MS_NS, SECOND_NS
-from simulator.expect import Expectation
-from simulator.figures import FIGURES, Estimate, SweepRow, figure_of, sweep_row
 from simulator.report import SEED_FIGURES, Verdict, judge, print_run, print_scenarios, print_seeds, to_json
-from simulator.results import Band, Outcome, RequestResult, RunResult
-from simulator.story import explain
-from simulator.summary import flat, summarise
-from simulator.sweep_report import estimate_text, print_sweep, sweep_csv, sweep_json
+from simulator.reports.expect import Expectation
+from simulator.reports.figures import FIGURES, Estimate, SweepRow, figure_of, sweep_row
+from simulator.reports.results import Band, Outcome, RequestResult, RunResult
+from simulator.reports.story import explain
+from simulator.reports.summary import flat, summarise
+from simulator.reports.sweep_report import estimate_text, print_sweep, sweep_csv, sweep_json
 from simulator.tables import figure_text, new_console, percent_text, time_text
 from tests.simulator.runs import big, small
 
@@ -224,7 +224,8 @@ def test_json_has_null_for_nothing() -> None:
 
 def test_the_same_run_gives_the_same_bytes_whatever_the_hash_seed() -> None:
     code = (
-        "from simulator.report import *; from simulator.summary import summarise; from simulator.tables import *;"
+        "from simulator.report import *; from simulator.reports.summary import summarise;"
+        "from simulator.tables import *;"
         "from tests.simulator.runs import big, small; v = [Verdict(summarise(r)) for r in (big(300), small())];"
         "c = new_console(); print_run(v[0], c); print_seeds(v, c); print(to_json(v))"
     )

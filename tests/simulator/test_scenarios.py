@@ -8,8 +8,8 @@ import pytest
 
 from simulator.cli import load_scenario
 from simulator.report import judge
+from simulator.reports.summary import summarise
 from simulator.scenario import run_scenario
-from simulator.summary import summarise
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "scenarios").glob("*.toml"))
 

@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbcore.parsing import Problem
-from simulator.arrivals import Even, Gamma, Herd, Mmpp, Poisson
-from simulator.asks import BLOCK_TOKENS, Ask, Source
-from simulator.sources import OpenLoop, Sessions, Trace, Traits
 from simulator.workload import make_source, parse_workload, scaled
+from simulator.workloads.arrivals import Even, Gamma, Herd, Mmpp, Poisson
+from simulator.workloads.asks import BLOCK_TOKENS, Ask, Source
+from simulator.workloads.sources import OpenLoop, Sessions, Trace, Traits
 from tests.simulator.clients import ALL_KINDS, MS, REAL, ROOT, S, asks, talk, workload
 
 # --- sessions ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lbcore.schema import MS_NS, SECOND_NS
-from simulator.figures import (
+from simulator.reports.figures import (
     FIGURES,
     SERVER_FIGURES,
     Better,
@@ -25,8 +25,8 @@ from simulator.figures import (
     ratio_to,
     sweep_row,
 )
-from simulator.results import GAP_STEP, Gaps, HealthPoint, Outcome, RunResult, ServerResult
-from simulator.summary import (
+from simulator.reports.results import GAP_STEP, Gaps, HealthPoint, Outcome, RunResult, ServerResult
+from simulator.reports.summary import (
     SAMPLES,
     Quantiles,
     flat,

@@ -10,12 +10,12 @@ import pytest
 
 from lbcore.ledger import Ledger
 from simulator.cli import load_scenario
-from simulator.dice import SeededDice, draw_scenario
 from simulator.faults import FaultKind
 from simulator.network import LinkFaultKind
-from simulator.results import RunResult
+from simulator.reports.results import RunResult
 from simulator.scenario import run_scenario
-from simulator.swarm import as_file, reproduce, run_seed, run_swarm, swarm, swarm_scenario
+from simulator.sweeps.dice import SeededDice, draw_scenario
+from simulator.sweeps.swarm import as_file, reproduce, run_seed, run_swarm, swarm, swarm_scenario
 from tests.simulator.test_world import shape
 
 CHUNKS = 20

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 
 from lbcore.schema import SECOND_NS
-from simulator.bench_file import Case, load_bench
-from simulator.capacity import LoadError, capacity_of, mean_of, offered_load
+from simulator.fakes.specs import FakeModel, FakeSpec
 from simulator.inputs import InputError
-from simulator.lengths import exponential, fixed, lognormal
+from simulator.reports.summary import flat, summarise
+from simulator.reports.sweep_report import sweep_csv, sweep_json
 from simulator.scenario import Scenario, run_scenario
-from simulator.sources import scaled
-from simulator.specs import FakeModel, FakeSpec
-from simulator.summary import flat, summarise
 from simulator.sweep import Done, Job, Results, jobs_of, run_job, run_sweep, sweep_rows
-from simulator.sweep_report import sweep_csv, sweep_json
+from simulator.sweeps.bench_file import Case, load_bench
+from simulator.sweeps.capacity import LoadError, capacity_of, mean_of, offered_load
+from simulator.workloads.lengths import exponential, fixed, lognormal
+from simulator.workloads.sources import scaled
 from tests.simulator.worlds import scenario, tables
 
 SCENARIO = """\

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.traces import FORMATS, Format, Row, TraceError, format_of, read_trace
-from simulator.workload_tables import TraceFormat
+from simulator.workloads.tables import TraceFormat
+from simulator.workloads.traces import FORMATS, Format, Row, TraceError, format_of, read_trace
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 PLAIN = "arrives_s,prompt_tokens,output_tokens\n"

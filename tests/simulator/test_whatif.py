@@ -14,12 +14,12 @@ from lbcore.config import Config
 from lbcore.config_routes import parse_routes
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.trace import Recorder
-from simulator.fit import Recorded, RecordedSource, fit, read_log
-from simulator.placements import WorldView
-from simulator.results import RunResult
+from simulator.policies.placements import WorldView
+from simulator.reports.results import RunResult
 from simulator.scenario import run_scenario
-from simulator.traces import read_trace
-from simulator.whatif import Change, WhatIfError, answer_of, parse_servers, what_if
+from simulator.sweeps.fit import Recorded, RecordedSource, fit, read_log
+from simulator.sweeps.whatif import Change, WhatIfError, answer_of, parse_servers, what_if
+from simulator.workloads.traces import read_trace
 from tests.simulator.worlds import scenario, server, tables
 
 FAST = server("fast") | {"first_token": "40ms", "token": "4ms", "prefill": 4000.0, "batch_slowdown": 0.1}

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lbcore.parsing import Problem
-from simulator.arrivals import Even, Gamma, Herd, Mmpp, Poisson
-from simulator.asks import Ask
-from simulator.lengths import Amount, Form, Mix, exponential, fixed, lognormal, mix_of
-from simulator.sources import Leave, OpenLoop, Sessions, Trace, Traits
 from simulator.workload import DEFAULT_OUTPUT, DEFAULT_PROMPT, make_source, parse_workload
+from simulator.workloads.arrivals import Even, Gamma, Herd, Mmpp, Poisson
+from simulator.workloads.asks import Ask
+from simulator.workloads.lengths import Amount, Form, Mix, exponential, fixed, lognormal, mix_of
+from simulator.workloads.sources import Leave, OpenLoop, Sessions, Trace, Traits
 from tests.simulator.clients import S, asks, parse, workload
 
 # --- tables ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 
 from lbcore.ledger import Ledger
 from lbcore.schema import MS_NS, SECOND_NS
-from simulator.results import Outcome, RequestResult
+from simulator.reports.results import Outcome, RequestResult
 from simulator.scenario import run_scenario
 from tests.simulator.worlds import MODEL, outcomes, run, scenario, server, tables
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lbcore.parsing import Problem
-from simulator.results import Outcome, RunResult
+from simulator.reports.results import Outcome, RunResult
 from simulator.scenario import Scenario, parse_scenario, run_scenario
 
 MODEL = "llama3.2:latest"

@@ -1,0 +1,1 @@
+"""What clients ask for, and when: arrivals, lengths, sessions, public traces and our own logs."""
