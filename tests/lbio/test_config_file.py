@@ -1,10 +1,9 @@
-"""Configuration: files, flags, all the mistakes one can make, and the way back to TOML."""
+"""Configuration: files, flags, and all the mistakes one can make."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import shutil
 import sys
 import tomllib
@@ -13,22 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lbcore.config import Config, Policy, RouteSettings, ServerSettings, Strategy, Winner
-from lbcore.ollama import PASS_THROUGH, ROUTES, default_routes
-from lbcore.parsing import Problem, RefusedError, parse_value
-from lbcore.schema import SECOND_NS, Field, Kind, describe_setting, fields_of, format_value, join
-from lbio.addresses import Address, is_same_place, parse_listen, parse_name, parse_server_url
-from lbio.config_file import NO_OVERRIDES, ConfigError, Overrides, document, dump, load, parse
+from lbcore.ollama import default_routes
+from lbcore.schema import SECOND_NS, fields_of
+from lbio.config_file import NO_OVERRIDES, ConfigError, Overrides, dump, load, parse
 from lbio.settings import AppConfig, Forwarded, LogLevel
-from simulator.fakes.specs import FakeSpec
 from simulator.fleet import parse_fleet
 
 # ruff: noqa: E501  # tables of exact messages: one case a line
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 GPU1 = {"url": "http://gpu1:11434"}
 LOADED = {"servers": [GPU1]}
 
@@ -37,108 +32,6 @@ def problems_of(raw: Mapping[str, Any], overrides: Overrides = NO_OVERRIDES) -> 
     with pytest.raises(ConfigError) as caught:
         parse(raw, overrides)
     return [str(problem) for problem in caught.value.problems]
-
-
-# --- addresses ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("text", "expected"), [
-    ("127.0.0.1:80", "127.0.0.1:80"), ("[::1]:80", "[::1]:80"), ("[0::0:1]:80", "[::1]:80"), (":8080", "0.0.0.0:8080"),
-    ("8080", "0.0.0.0:8080"), ("LocalHost:0", "localhost:0"), (" gpu_1.lan:1 ", "gpu_1.lan:1"), ("[::]:1", "[::]:1"),
-])
-def test_where_to_listen(text: str, expected: str) -> None:
-    assert str(parse_listen(text)) == expected
-    assert str(parse_listen(expected)) == expected
-
-
-LISTEN_FORMS = 'write it as "host:port", "[::1]:port", ":port" or "port"'
-HOST_FORMS = 'write a host such as "gpu1", "10.0.0.7" or "[::1]"'
-
-
-@pytest.mark.parametrize(("text", "message", "fix"), [
-    ("127.0.0.1", "has no port", 'write "127.0.0.1:11434"'),
-    ("::1", "has no port", 'write "[::1]:11434"'),
-    ("[::1]", "has no port", 'write "[::1]:11434"'),
-    ("", "has no port", LISTEN_FORMS),
-    ("a:b:c", "has no port", LISTEN_FORMS),
-    ("http://h:1/", 'begins with "http://"', 'write "h:1"'),
-    ("http://", 'begins with "http://"', LISTEN_FORMS),
-    ("h:65536", 'has port "65536"', "write a port from 0 to 65535"),
-    ("99999", 'has port "99999"', "write a port from 0 to 65535"),
-    ("h:", 'has port ""', "write a port from 0 to 65535"),
-    ("h:²", 'has port "²"', "write a port from 0 to 65535"),
-    ("*:80", 'has "*" in it, which is no host name or address', HOST_FORMS),
-    ("1.2.3.400:80", 'has "1.2.3.400" in it, which is no IPv4 address', HOST_FORMS),
-    ("[zz]:80", 'has "[zz]" in it, which is no IPv6 address', HOST_FORMS),
-])
-def test_where_one_cannot_listen(text: str, message: str, fix: str) -> None:
-    with pytest.raises(RefusedError) as caught:
-        parse_listen(text)
-    assert (caught.value.message, caught.value.fix) == (message, fix)
-
-
-@pytest.mark.parametrize(("text", "expected"), [
-    ("http://gpu1", "http://gpu1:11434"), ("HTTP://GPU1:80/", "http://gpu1:80"), ("https://gpu1", "https://gpu1:443"),
-    ("http://[::1]", "http://[::1]:11434"), ("http://[0:0::1]:5", "http://[::1]:5"), (" http://a ", "http://a:11434"),
-    ("http://münchen", "http://xn--mnchen-3ya:11434"), ("http://a:", "http://a:11434"), ("https://a.b.c:1", "https://a.b.c:1"),
-])
-def test_server_urls_have_one_spelling(text: str, expected: str) -> None:
-    assert str(parse_server_url(text)) == expected
-    assert str(parse_server_url(expected)) == expected
-
-
-@pytest.mark.parametrize(("text", "message", "fix"), [
-    ("gpu3:11434", "has no scheme", 'write "http://gpu3:11434"'),
-    ("gpu3/", "has no scheme", 'write "http://gpu3"'),
-    ("", "is empty", 'write "http://host:11434"'),
-    ("ftp://x", 'has the scheme "ftp"', "write http:// or https://"),
-    ("http://u:p@x:1", "has a user name in it, and Ollama has no users", 'write "http://x:1"'),
-    ("http://x:1/api", 'has "/api" after the host', 'the path comes from the client; write "http://x:1"'),
-    ("http://x?a=b", 'has "?a=b" after the host', 'the path comes from the client; write "http://x"'),
-    ("http://x#a", 'has "#a" after the host', 'the path comes from the client; write "http://x"'),
-    ("http://", "has no host", 'write "http://host:port"'),
-    ("http://:11434", "has no host", 'write "http://host:port"'),
-    ("http://x:0", 'has port "0"', "write a port from 1 to 65535"),
-    ("http://x:http", 'has port "http"', "write a port from 1 to 65535"),
-    ("http://::1:11434", "has an IPv6 address without brackets", 'write it as "http://[::1]:11434"'),
-    ("http://[zz]", "is not a URL", 'write "http://host:port"'),
-    ("http://a b", 'has "a b" in it, which is no host name or address', HOST_FORMS),
-    ("http://-a", 'has "-a" in it, which is no host name or address', HOST_FORMS),
-    ("a b", 'has "a b" in it, which is no host name or address', HOST_FORMS),
-])
-def test_bad_server_urls(text: str, message: str, fix: str) -> None:
-    with pytest.raises(RefusedError) as caught:
-        parse_server_url(text)
-    assert (caught.value.message, caught.value.fix) == (message, fix)
-
-
-def test_the_command_line_takes_hosts_without_scheme() -> None:
-    assert str(parse_server_url("gpu3:11434", scheme_optional=True)) == "http://gpu3:11434"
-
-
-@given(st.one_of(st.text(max_size=30), st.text("htps:/[]@?#.0123456789ab %\\", max_size=30)))
-def test_any_text_is_an_address_or_refused(text: str) -> None:
-    for read in (parse_listen, parse_server_url, lambda it: parse_server_url(it, scheme_optional=True), parse_name):
-        with contextlib.suppress(RefusedError):
-            parsed = str(read(text))
-            assert str(read(parsed)) == parsed
-
-
-@pytest.mark.parametrize(("listen", "server", "same"), [
-    ("0.0.0.0:1", "127.0.0.1:1", True), ("0.0.0.0:1", "localhost:1", True), ("[::]:1", "[::1]:1", True),
-    ("127.0.0.1:1", "0.0.0.0:1", True), ("127.0.0.1:1", "localhost:1", True), ("gpu1:1", "gpu1:1", True),
-    ("10.0.0.1:1", "10.0.0.1:1", True), ("0.0.0.0:1", "0.0.0.0:1", True),
-    ("0.0.0.0:1", "127.0.0.1:2", False), ("127.0.0.1:1", "127.0.0.2:1", False), ("0.0.0.0:1", "10.0.0.1:1", False),
-    ("0.0.0.0:1", "gpu1:1", False), ("0.0.0.0:0", "127.0.0.1:1", False), ("10.0.0.1:1", "127.0.0.1:1", False),
-])
-def test_the_same_place(listen: str, server: str, same: bool) -> None:
-    assert is_same_place(parse_listen(listen), parse_listen(server)) is same
-
-
-@pytest.mark.parametrize("name", ["a b", "a,b", "a/b", "ä", "a\tb", "a\x7f", ""])
-def test_names_fit_headers_and_paths(name: str) -> None:
-    with pytest.raises(RefusedError):
-        parse_name(name)
 
 
 # --- good configurations -----------------------------------------------------------------------------------
@@ -482,7 +375,8 @@ def test_duplicates_are_mended_with_a_warning(tmp_path: Path) -> None:
     (b"", '--server-file: "PATH" names no server; write one URL=NAME a line'),
     (b"# nothing\n\n", '--server-file: "PATH" names no server; write one URL=NAME a line'),
     (b"http://a\nhttp://\xff\n", "PATH:2: is not UTF-8 text; save the file as UTF-8"),
-    (b"\n\nhttp://a b\n", 'PATH:3: "http://a b" has "a b" in it, which is no host name or address; ' + HOST_FORMS),
+    (b"\n\nhttp://a b\n",
+     'PATH:3: "http://a b" has "a b" in it, which is no host name or address; write a host such as "gpu1", "10.0.0.7" or "[::1]"'),
 ])
 def test_bad_server_files(tmp_path: Path, content: bytes, problem: str) -> None:
     path = write(tmp_path / "s.txt", content)
@@ -500,167 +394,3 @@ def test_named_servers_replace_the_fleet_too() -> None:
     app = parse({"fleet": [{"name": "a"}]}, Overrides(servers=("b",)))
     assert app.fleet == ()
     assert app.warnings == ("--servers: the fake servers of [[fleet]] are not started",)
-
-
-# --- the way back to TOML ----------------------------------------------------------------------------------
-
-
-def _toml_value(field: Field) -> st.SearchStrategy[Any]:
-    """Values that `field` may have in TOML."""
-    declared = field.setting
-    assert declared is not None
-    low, high = declared.low or 0, declared.high
-    whole = st.integers(int(low), int(high if high is not None else max(low, 1) * 10**6))
-    by_kind: dict[Kind, st.SearchStrategy[Any]] = {
-        Kind.DURATION: whole.map(lambda ns: format_value(Kind.DURATION, ns)),
-        Kind.SIZE: whole,
-        Kind.COUNT: whole,
-        Kind.RATIO: st.floats(low, high if high is not None else 1e6),
-        Kind.FLAG: st.booleans(),
-        Kind.CHOICE: st.sampled_from([str(choice) for choice in declared.choices or ()]),
-        Kind.TEXT: st.text("abc \\\"'é", max_size=5),
-    }
-    return by_kind[declared.kind]
-
-
-def _table(cls: type, **fixed: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    values = {field.key: _toml_value(field) for field in fields_of(cls) if field.setting is not None}
-    return st.fixed_dictionaries({}, optional={**values, **fixed})
-
-
-def _sections(cls: type) -> dict[str, st.SearchStrategy[Any]]:
-    return {field.key: _table(field.section) for field in fields_of(cls) if field.section is not None}
-
-
-RACED = st.one_of(st.sampled_from(["race", "hedge", "sequential"]), st.fixed_dictionaries(
-    {"strategy": st.just("race"), "racers_min": st.integers(1, 3), "racers_max": st.integers(3, 64)},
-    optional={"winner": st.sampled_from([str(winner) for winner in Winner]), "hedges_max": st.integers(0, 63)}))
-SERVERS = st.lists(_table(ServerSettings, url=st.nothing(), name=st.from_regex(r"[!-+\-.0-~]{1,9}", fullmatch=True)), max_size=4).map(
-    lambda tables: [{**table, "url": f"http://host{index}"} for index, table in enumerate(tables)])
-FILES = st.fixed_dictionaries({}, optional={
-    **_sections(Config), **_sections(AppConfig), "listen": st.sampled_from([":1", "gpu:0", "[::1]:5"]),
-    "drain_timeout": st.integers(0, 99), "seed": st.integers(0, 2**63 - 1), "servers": SERVERS,
-    "routes": st.fixed_dictionaries({}, optional={
-        "/api/chat": RACED, "/v1/messages": RACED, "/api/tags": st.just("sequential"), "*": st.just("sequential")}),
-})
-
-
-def parse_mended(raw: dict[str, Any]) -> AppConfig:
-    """Parse `raw` without the keys that contradict each other."""
-    for _ in range(20):
-        try:
-            return parse(raw, need_servers=False)
-        except ConfigError as error:
-            for problem in error.problems:
-                raw.pop(re.split(r"[.\[]", problem.key)[0], None)
-    raise AssertionError(raw)
-
-
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
-@given(FILES)
-def test_dump_is_read_back_as_the_same(raw: dict[str, Any]) -> None:
-    app = parse_mended(raw)
-    assert parse(tomllib.loads(dump(app)), need_servers=False) == app
-
-
-@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
-@given(FILES)
-def test_the_explained_document_is_read_back_as_the_same(raw: dict[str, Any]) -> None:
-    app = parse_mended({"servers": [GPU1], **raw})
-    if app.core.servers:
-        assert parse(tomllib.loads(document(app))) == app
-
-
-def test_dump_says_only_what_differs() -> None:
-    app = parse({"servers": [GPU1, {"url": "http://b", "name": "b"}], "log": {"level": "info"}, "race": {"measure": 3},
-                 "listen": "11434", "routes": {"/api/chat": "race", "/api/generate": {"hedges_max": 3}}})
-    assert dump(app) == (
-        '[[servers]]\nurl = "http://gpu1:11434"\n\n[[servers]]\nurl = "http://b:11434"\nname = "b"\n\n'
-        '[routes."/api/generate"]\nstrategy = "race"\nhedges_max = 3\n\n[race]\nmeasure = "3s"\n')
-
-
-# --- the files in configs/ ---------------------------------------------------------------------------------
-
-
-def test_prod_toml_is_what_document_writes() -> None:
-    """Regenerate it with: python -m lbio.cli init --full > configs/prod.toml."""
-    assert (CONFIGS / "prod.toml").read_text(encoding="utf-8") == document()
-
-
-def explained_keys() -> list[tuple[str, str, str, str]]:
-    """Return (table, key, value, comment) of each key of prod.toml down from each table's first header."""
-    found, table, comment, headers = [], "", "", set()
-    for line in (CONFIGS / "prod.toml").read_text(encoding="utf-8").splitlines():
-        if header := re.fullmatch(r"\[+(.*?)\]+", line):
-            table = "again" if header[1] in headers else header[1]
-            headers.add(header[1])
-        elif key := re.fullmatch(r'(?:# )?("[^"]+"|[a-z_]+) = (.*?)(  # .*)?', line):
-            found.append((table, key[1].strip('"'), key[2], comment + (key[3] or "")))
-            comment = ""
-        else:
-            comment = f"{comment} {line[2:]}" if line.startswith("#") else ""
-    return [entry for entry in found if entry[0] != "again"]
-
-
-def expected_fields() -> dict[tuple[str, str], Field]:
-    top = [("", field) for cls in (AppConfig, Config) for field in fields_of(cls)]
-    nested = [(field.key, inner) for _, field in top if field.section is not None for inner in fields_of(field.section)]
-    servers = [("servers", field) for field in fields_of(ServerSettings)]
-    return {(table, field.key): field for table, field in (*top, *nested, *servers) if field.setting is not None}
-
-
-def test_prod_toml_explains_every_key_exactly_once() -> None:
-    keys = [(table, key) for table, key, _, _ in explained_keys()]
-    routes = [("routes", route.name) for route in (*ROUTES, PASS_THROUGH)]
-    assert sorted(keys) == sorted((*expected_fields(), *routes))
-
-
-def test_prod_toml_has_every_key_at_its_default_and_tells_its_unit() -> None:
-    fields = expected_fields()
-    explained = [entry for entry in explained_keys() if (entry[0], entry[1]) in fields]
-    assert len(explained) == len(fields)
-    for table, key, value, comment in explained:
-        field = fields[table, key]
-        assert field.setting is not None
-        assert field.why in comment
-        assert describe_setting(field.setting) in comment
-        if table != "servers" and key != "seed":
-            assert parse_value(field.setting, tomllib.loads(f"x = {value}")["x"]) == field.default, join(table, key)
-
-
-def test_prod_toml_differs_from_the_defaults_only_in_its_servers() -> None:
-    app = load(CONFIGS / "prod.toml")
-    assert len(app.core.servers) == 2
-    assert dataclasses.replace(app, core=dataclasses.replace(app.core, servers=(), routes={})) == AppConfig(core=Config(routes={}))
-    assert app.core.routes == default_routes(Config().race)
-    assert app.warnings == ()
-
-
-def test_seed_toml_is_the_original() -> None:
-    app = load(CONFIGS / "seed.toml")
-    for path in ("/api/chat", "/api/generate"):
-        assert app.core.route(path) == RouteSettings(
-            strategy=Strategy.RACE, winner=Winner.MOST_TOKENS, racers_min=3, racers_max=6, hedges_max=0)
-    race = app.core.race
-    assert (race.measure_ns, race.utilisation_max, race.budget) == (2 * SECOND_NS, 1.0, 5.0)
-    assert app.core.selection.policy is Policy.HEALTH
-
-
-def test_demo_toml_has_four_fakes() -> None:
-    problems: list[Problem] = []
-    app = load(CONFIGS / "demo.toml", check_fleet=parse_fleet)
-    specs = parse_fleet(app.fleet, problems)
-    assert problems == []
-    assert app.listen == "127.0.0.1:11434"
-    assert [spec.name for spec in specs] == ["swift", "steady", "slow", "flaky"]
-    assert [len(spec.models) for spec in specs] == [2, 2, 1, 1]
-    assert all(_serves_llama(spec) for spec in specs)
-    assert [[str(fault.kind) for fault in spec.faults] for spec in specs] == [[], [], [], ["flap"]]
-
-
-def _serves_llama(spec: FakeSpec) -> bool:
-    return spec.models[0].name == "llama3.2:latest" and spec.port == 0
-
-
-def test_an_address_knows_its_brackets() -> None:
-    assert str(Address("::1", 5)) == "[::1]:5"
