@@ -33,7 +33,15 @@ _BYTES_PER: Mapping[str, int] = {
     "B": 1,
 }
 _BYTES_PER_LOWER: Mapping[str, int] = {unit.lower(): factor for unit, factor in _BYTES_PER.items()}
-_ALIASES: Mapping[str, str] = {"µs": "us", "μs": "us", "sec": "s", "min": "m", "hr": "h"}
+_WORDS: Mapping[str, str] = {
+    "d": "day days",
+    "h": "hr hrs hour hours",
+    "m": "min mins minute minutes",
+    "s": "sec secs second seconds",
+    "ms": "msec msecs millisecond milliseconds",
+    "us": "µs μs",
+}
+_ALIASES: Mapping[str, str] = {word: unit for unit, words in _WORDS.items() for word in words.split()}
 
 _NUMBER = r"[0-9]{1,30}(?:\.[0-9]{1,30})?"
 _ONE_DURATION = re.compile(rf"\s*({_NUMBER})\s*([a-zµμ]+)\s*")

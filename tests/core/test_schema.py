@@ -54,6 +54,15 @@ def test_durations_are_read_exactly(value: Any, expected: int) -> None:
 
 
 @pytest.mark.parametrize(("value", "expected"), [
+    ("10 seconds", 10 * SECOND_NS), ("30 secs", 30 * SECOND_NS), ("1 minute 1 second", 61 * SECOND_NS),
+    ("5min", 5 * MINUTE), ("2 mins", 2 * MINUTE), ("1 hour", HOUR), ("2 hrs", 2 * HOUR), ("2 days", 48 * HOUR),
+    ("7 milliseconds", 7 * MS_NS),
+])
+def test_units_of_durations_may_be_words(value: str, expected: int) -> None:
+    assert parse_duration(value) == expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [
     ("64MiB", 64 << 20), ("64MB", 64_000_000), ("1GiB", 1 << 30), ("1.5KiB", 1536), ("64 mib", 64 << 20), ("7B", 7),
     (0, 0), (123, 123), (5.0, 5),
 ])
