@@ -13,11 +13,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lbcore.health import ALIVE_FROM
 from lbcore.schema import MS_NS, SECOND_NS, join
 from simulator.reports.figures import SERVERS
 from simulator.reports.results import GAP_STEP, Gaps, HealthPoint, Outcome, RequestResult, RunResult, ServerResult
+
+_N = TypeVar("_N", int, float)
 
 SAMPLES = 24
 """Into so many equal stretches of time a server's health is divided for a table."""
@@ -159,12 +162,17 @@ def _rank(n: int, percent: int) -> int:
     return max(0, -(-n * percent // 100) - 1)
 
 
+def percentile(values: Sequence[_N], percent: int) -> _N:
+    """Return a percentile of some values, of which there is at least one, by nearest rank."""
+    return sorted(values)[_rank(len(values), percent)]
+
+
 def quantiles(values_ns: Iterable[int]) -> Quantiles:
     """Return the quantiles of some times, by nearest rank."""
     ordered = sorted(values_ns)
     if not ordered:
         return Quantiles()
-    p50, p90, p99 = (ordered[_rank(len(ordered), percent)] for percent in (50, 90, 99))
+    p50, p90, p99 = (percentile(ordered, percent) for percent in (50, 90, 99))
     return Quantiles(len(ordered), p50, p90, p99, ordered[-1])
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil
 
 from lbcore.config import Config
 from lbcore.events import RequestArrived
@@ -21,14 +20,15 @@ from simulator.fakes.engine import Speed
 from simulator.fakes.specs import FakeModel, FakeSpec
 from simulator.faults import Fault, FaultKind
 from simulator.reports.results import Outcome, RequestResult
+from simulator.reports.summary import percentile
 from simulator.workloads.asks import Ask
 
 READ_RATE = 1000.0
 """Units of prompt that the average server reads in a second: one is a millisecond there."""
 SAMPLES_MIN = 5
 """Fewer answers than this tell nothing of a server; the average of the others is taken for it."""
-_LEAST_AT = 0.1  # quantile of first-token times that a prompt of no length would have
-_MOST_AT = 0.99  # what is above waited for something else than its prompt
+_LEAST_AT = 10  # percentile of first-token times that a prompt of no length would have
+_MOST_AT = 99  # what is above waited for something else than its prompt
 
 
 @dataclass(slots=True)
@@ -149,11 +149,6 @@ def _samples(found: Recorded) -> dict[tuple[str, str], _Samples]:
     return measured
 
 
-def _quantile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, ceil(share * len(ordered)) - 1))]
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -167,7 +162,7 @@ def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     by_company: dict[int, list[float]] = {}
     for company, gap_ns in points:
         by_company.setdefault(company, []).append(gap_ns)
-    medians = [(company, _quantile(gaps, 0.5), len(gaps)) for company, gaps in sorted(by_company.items())]
+    medians = [(company, percentile(gaps, 50), len(gaps)) for company, gaps in sorted(by_company.items())]
     n = sum(weight for _, _, weight in medians)
     mean_k = sum(k * weight for k, _, weight in medians) / n
     mean_gap = sum(gap * weight for _, gap, weight in medians) / n
@@ -196,11 +191,11 @@ def fit(found: Recorded) -> Fit:
     for key, of in measured.items():
         if len(of.first) >= SAMPLES_MIN and len(of.gaps) >= SAMPLES_MIN:
             first = of.alone if len(of.alone) >= SAMPLES_MIN else of.first
-            least_ns = _quantile(first, _LEAST_AT)
-            most_ns = _quantile(first, _MOST_AT)
+            least_ns = percentile(first, _LEAST_AT)
+            most_ns = percentile(first, _MOST_AT)
             read_ns[key] = max(1.0, _mean([max(0.0, min(took_ns, most_ns) - least_ns) for took_ns in first]))
             token_ns, slowdown = _line(of.gaps)
-            load_ns = max(0.0, _quantile(of.cold, 0.5) - least_ns) if of.cold else 0.0
+            load_ns = max(0.0, percentile(of.cold, 50) - least_ns) if of.cold else 0.0
             known[key] = _speed(least_ns, token_ns, slowdown, load_ns)
     mean_read_ns = _mean(list(read_ns.values())) if read_ns else float(MS_NS)
     loads = [speed.load_fixed_ns for speed in known.values() if speed.load_fixed_ns]
@@ -270,7 +265,7 @@ def _at_least_as_slow(speed: Speed, lost: Sequence[int]) -> Speed:
     """Return a speed at which the races that were lost without a token would have been lost."""
     if not lost:
         return speed
-    factor = max(1.0, _quantile(lost, 0.9) / max(1, speed.first_token_ns))
+    factor = max(1.0, percentile(lost, 90) / max(1, speed.first_token_ns))
     return replace(
         speed,
         first_token_ns=round(speed.first_token_ns * factor),
@@ -302,7 +297,7 @@ class RecordedSource:
     def asks(self) -> Iterator[Ask]:
         """Return the asks, by time."""
         tokens = [r.committed.n_tokens for r in self._found.requests if _is_whole(r) and r.committed is not None]
-        usual = max(1, round(_quantile(tokens, 0.5))) if tokens else 1
+        usual = max(1, round(percentile(tokens, 50))) if tokens else 1
         number = 0
         for request in self._found.requests:
             if request.kind is not RequestKind.GENERATE or request.model is None or not request.generates:
