@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lbcore.balancer import LoadBalancer
 from lbcore.config import Config
 from lbcore.trace import Recorder
-from simulator.inputs import InputError, load_scenario, toml_files
+from simulator.inputs import InputError, load_scenario, load_scenarios, toml_files
 from simulator.policies.known import PolicyError, PolicySpec, policy
 from simulator.policies.placements import WorldView
 from simulator.report import Verdict, judge, print_run, print_scenarios, print_seeds, to_json
@@ -55,7 +55,10 @@ def simulate(wanted: Wanted) -> int:
     """Run what is wanted and print what came of it. Returns the exit status."""
     try:
         _refuse_many(wanted)
-        scenarios = [(path, load_scenario(path)) for path in toml_files(wanted.paths)]
+        scenarios = load_scenarios(toml_files(wanted.paths))
+        for path, scenario in scenarios:
+            for warning in scenario.warnings:
+                click.echo(f"warning: {path}: {warning}", err=True)
         spec = policy(wanted.policy) if wanted.policy else None
         jobs = [
             Job(path, (scenario.seed if wanted.seed is None else wanted.seed) + i, wanted.policy, wanted.audit)

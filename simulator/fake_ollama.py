@@ -27,6 +27,7 @@ from simulator.fakes.specs import (
     RunnerOptions,
     canonical_name,
     keep_alive_ns,
+    memory_bytes,
     model_key,
     runner_options,
 )
@@ -328,7 +329,7 @@ class FakeOllama:
                 self.current = None
                 notices.append(Refused(job.id, now_ns))
                 continue
-            victim = runner or self._victim(_memory_bytes(model, job.options))
+            victim = runner or self._victim(memory_bytes(model, job.options))
             if victim is None:
                 self.current = None
                 self.loading = Load(job, model, now_ns + self.spec.speed(model.name).load_ns(model.size_bytes))
@@ -365,7 +366,7 @@ class FakeOllama:
         engine = Engine(self.spec.speed(model.name))
         engine.set_factors(*self._factors, at_ns)
         free = [Slot() for _ in range(self.spec.num_parallel)]
-        runner = Runner(model, options, _memory_bytes(model, options), keep_alive, engine, free)
+        runner = Runner(model, options, memory_bytes(model, options), keep_alive, engine, free)
         runner.expires_at_ns = at_ns + keep_alive
         self.runners[model_key(model.name)] = runner
         return runner
@@ -417,7 +418,3 @@ class FakeOllama:
     def _drop(self, runner: Runner, now_ns: int, notices: list[Notice]) -> None:
         del self.runners[model_key(runner.model.name)]
         notices.append(Unloaded(runner.model.name, now_ns))
-
-
-def _memory_bytes(model: FakeModel, options: RunnerOptions) -> int:
-    return model.size_bytes + model.kv_bytes_per_token * options.num_ctx

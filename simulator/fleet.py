@@ -9,12 +9,13 @@ from typing import Any
 
 from lbcore.ollama import canonical_model
 from lbcore.parsing import Keys, Problem, choice_fix, parse_table
-from lbcore.schema import MS_NS, SECOND_NS, Kind, count, duration, fields_of, join, keys_of, ratio, setting, size
-from simulator.fakes.specs import FakeModel, FakeSpec
-from simulator.faults import Fault, FaultKind
+from lbcore.schema import MS_NS, SECOND_NS, Kind, count, duration, join, ratio, setting, size
+from lbcore.units import format_size
+from simulator.fakes.specs import FakeModel, FakeSpec, memory_bytes, model_key, runner_options
+from simulator.fault_tables import fault_keys, parse_server_faults
 from simulator.profiles import Profile, ProfileError, profile, profile_names, speed_of
 
-# ruff: noqa: RUF009  # schema functions declare fields; they do not make shared mutable values
+# schema functions declare fields; they do not make shared mutable values
 
 DEFAULT_MODEL = "llama3.2:latest"
 
@@ -54,38 +55,31 @@ class ModelTable:
     size: int = size("memory that it takes", 5_000_000_000, low=1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FaultTable:
-    """One fault of a fake server, as a table."""
-
-    kind: FaultKind = setting(Kind.CHOICE, "what goes wrong", choices=FaultKind)
-    from_ns: int | None = duration("since the start, when it begins", None)
-    until_ns: int | None = duration("since the start, when it ends", None)
-    factor: float = ratio("slow, crawl: how many times slower", 20.0, low=0.001, high=1e6)
-    after_tokens: int = count("the midstream kinds: tokens sent before it breaks", 3)
-    period_ns: int = duration("flap: how often it goes down", 2 * SECOND_NS, low=MS_NS)
-    up_ns: int = duration("flap: how long it is up in each period", SECOND_NS)
-
-
 _LISTS: tuple[str, ...] = ("models", "loaded", "fault")
 
 
-def parse_fleet(tables: Sequence[Mapping[str, Any]], problems: list[Problem]) -> tuple[FakeSpec, ...]:
-    """Return the fake servers that the `[[fleet]]` tables describe; append every problem found."""
-    parsed = [_parse_fake(table, f"fleet[{index}]", problems) for index, table in enumerate(tables)]
+def parse_fleet(
+    tables: Sequence[Mapping[str, Any]], problems: list[Problem], *, end_ns: int | None = None
+) -> tuple[FakeSpec, ...]:
+    """Return the fake servers that the `[[fleet]]` tables describe; append every problem found.
+
+    `end_ns` is when the run ends, if it does.
+    """
+    parsed = [_parse_fake(table, f"fleet[{index}]", problems, end_ns) for index, table in enumerate(tables)]
     specs = [(f"fleet[{index}]", spec) for index, spec in enumerate(parsed) if spec is not None]
     _refuse_duplicates(specs, problems)
     return tuple(spec for _, spec in specs)
 
 
-def _parse_fake(raw: Mapping[str, Any], key: str, problems: list[Problem]) -> FakeSpec | None:
+def _parse_fake(raw: Mapping[str, Any], key: str, problems: list[Problem], end_ns: int | None) -> FakeSpec | None:
     plain = {name: value for name, value in raw.items() if name not in _LISTS}
-    also: Keys = (*((key, name) for name in _LISTS), *((f"{key}.fault", name) for _, name in keys_of(FaultTable)))
+    also: Keys = (*((key, name) for name in _LISTS), *fault_keys(f"{key}.fault"))
     table = parse_table(FleetTable, plain, key, problems, also=also)
     models = _parse_models(raw.get("models", [DEFAULT_MODEL]), join(key, "models"), problems)
     loaded = _parse_names(raw.get("loaded", []), join(key, "loaded"), problems)
-    faults = _parse_faults(raw.get("fault", []), join(key, "fault"), problems)
-    _refuse_absent(loaded, [model.name for model in models], join(key, "loaded"), problems)
+    faults = parse_server_faults(raw.get("fault", []), join(key, "fault"), problems, end_ns=end_ns)
+    if models is not None:
+        _refuse_absent(loaded, [model.name for model in models], join(key, "loaded"), problems)
     if table is None:
         return None
     hardware = _parse_profile(table, raw, key, problems)
@@ -115,12 +109,13 @@ def _parse_fake(raw: Mapping[str, Any], key: str, problems: list[Problem]) -> Fa
         keep_alive_s=table.keep_alive_ns / SECOND_NS,
         version=table.version,
         seed=table.seed,
-        models=tuple(models),
+        models=tuple(models or ()),
         start_loaded=tuple(loaded),
         faults=faults,
     )
+    _refuse_too_large(spec, key, problems, spills=hardware is not None)
     if hardware is not None:
-        speeds = tuple((model.name, speed_of(hardware, size_bytes=model.size_bytes)) for model in models)
+        speeds = tuple((model.name, speed_of(hardware, size_bytes=model.size_bytes)) for model in spec.models)
         spec = replace(spec, speeds=speeds)
     return spec
 
@@ -145,11 +140,12 @@ def _parse_profile(table: FleetTable, raw: Mapping[str, Any], key: str, problems
         return None
 
 
-def _parse_models(raw: Any, key: str, problems: list[Problem]) -> list[FakeModel]:
-    """Return models that are written as names, or as tables with their sizes."""
+def _parse_models(raw: Any, key: str, problems: list[Problem]) -> list[FakeModel] | None:
+    """Return models that are written as names, or as tables with their sizes; None when one cannot be used."""
     if not isinstance(raw, list) or not all((isinstance(m, str) and m) or isinstance(m, Mapping) for m in raw):
         problems.append(Problem(key, raw, "is not a list of model names", f'write ["{DEFAULT_MODEL}"]'))
-        return []
+        return None
+    before = len(problems)
     models: list[FakeModel] = []
     for index, item in enumerate(raw):
         if isinstance(item, str):
@@ -160,7 +156,7 @@ def _parse_models(raw: Any, key: str, problems: list[Problem]) -> list[FakeModel
             models.append(
                 FakeModel(table.name, size_bytes=table.size, num_ctx=table.num_ctx, kv_bytes_per_token=table.kv)
             )
-    return models
+    return models if len(problems) == before else None
 
 
 def _parse_names(raw: Any, key: str, problems: list[Problem]) -> list[str]:
@@ -180,32 +176,24 @@ def _refuse_absent(loaded: Sequence[str], models: Sequence[str], key: str, probl
     )
 
 
-def _parse_faults(raw: Any, key: str, problems: list[Problem]) -> tuple[Fault, ...]:
-    """Return the faults of one table or of a list of tables."""
-    if not isinstance(raw, list):
-        return parse_fault(raw, key, problems)
-    return tuple(fault for index, item in enumerate(raw) for fault in parse_fault(item, f"{key}[{index}]", problems))
-
-
-def parse_fault(raw: Any, key: str, problems: list[Problem]) -> tuple[Fault, ...]:
-    """Return the fault of one table, none when there is a problem with it."""
-    table = parse_table(FaultTable, raw, key, problems)
-    if table is None:
-        return ()
-    if table.up_ns > table.period_ns:
-        written = raw.get("up", "1s") if isinstance(raw, Mapping) else "1s"
-        problems.append(Problem(join(key, "up"), written, f"is more than {join(key, 'period')}", "write less"))
-        return ()
-    values = {field.name: getattr(table, field.name) for field in fields_of(FaultTable)}
-    return (Fault(**{_in_seconds(name): _seconds(name, value) for name, value in values.items()}),)
-
-
-def _in_seconds(name: str) -> str:
-    return f"{name.removesuffix('_ns')}_s" if name.endswith("_ns") else name
-
-
-def _seconds(name: str, value: Any) -> Any:
-    return value / SECOND_NS if name.endswith("_ns") and value is not None else value
+def _refuse_too_large(spec: FakeSpec, key: str, problems: list[Problem], *, spills: bool) -> None:
+    """Refuse what could never be in memory, or not at once. What `spills` computes the rest of a model on its CPU."""
+    taken = {model_key(model.name): memory_bytes(model, runner_options(model, None)) for model in spec.models}
+    vram, given = spec.vram_bytes, format_size(spec.vram_bytes)
+    loaded = [name for name in dict.fromkeys(map(model_key, spec.start_loaded)) if name in taken]
+    together = sum(taken[name] for name in loaded)
+    if vram and not spills:
+        problems += [
+            Problem(join(key, "models"), name, f"takes {format_size(n_bytes)}, and vram is {given}",
+                    'write more vram, such as "24GB", or a smaller size')
+            for name, n_bytes in taken.items() if n_bytes > vram
+        ]  # fmt: skip
+    if vram and together > vram and len(loaded) > 1:
+        message = f"take {format_size(together)} together, and vram is {given}"
+        problems.append(Problem(join(key, "loaded"), loaded, message, "let fewer be loaded, or write more vram"))
+    if len(loaded) > spec.max_loaded:
+        message = f"are {len(loaded)} models, and loaded_max is {spec.max_loaded}"
+        problems.append(Problem(join(key, "loaded"), loaded, message, "let fewer be loaded, or raise loaded_max"))
 
 
 def _refuse_duplicates(specs: Sequence[tuple[str, FakeSpec]], problems: list[Problem]) -> None:

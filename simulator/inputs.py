@@ -56,3 +56,17 @@ def parse_scenario_text(text: str, path: Path) -> Scenario:
 def load_scenario(path: Path) -> Scenario:
     """Return the scenario in a file. Raises InputError with every problem, each naming the file and the key."""
     return parse_scenario_text(read_text(path), path)
+
+
+def load_scenarios(paths: Iterable[Path]) -> list[tuple[Path, Scenario]]:
+    """Return the scenarios in files, each with its path. Raises InputError with the problems of all of them."""
+    found: list[tuple[Path, Scenario]] = []
+    wrong: list[str] = []
+    for path in paths:
+        try:
+            found.append((path, load_scenario(path)))
+        except InputError as error:
+            wrong += error.problems
+    if wrong:
+        raise InputError(wrong)
+    return found

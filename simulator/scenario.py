@@ -1,12 +1,12 @@
 """A scenario: a fleet, what its clients do, what goes wrong, and what is expected. Read from TOML, and run.
 
-A scenario file is a configuration file as `ollama-lb run` takes it, with `[[fleet]]` for its servers, and with
-`about`, `duration`, `[workload]`, `[network]`, `[[fault]]` and `[expect]`.
+A scenario file has the tables of a configuration that are about decisions, `[[fleet]]` for its servers, and `about`,
+`duration`, `[workload]`, `[network]`, `[[fault]]` and `[expect]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -16,20 +16,20 @@ from lbcore.balancer import LoadBalancer
 from lbcore.config import Config, ServerSettings
 from lbcore.config_order import CORE_ORDER, check_order
 from lbcore.config_routes import ROUTE_KEYS, parse_routes
-from lbcore.parsing import ABSENT, Keys, Problem, parse_table
-from lbcore.schema import SECOND_NS, Kind, count, duration, fields_of, join, keys_of, ratio, section, setting, size
+from lbcore.parsing import ABSENT, Keys, Problem, parse_table, quote
+from lbcore.schema import SECOND_NS, Kind, count, duration, fields_of, keys_of, ratio, section, setting, size
 from simulator.box import Box
 from simulator.checkers import Safety, check_liveness, check_recovery, is_settled
-from simulator.fakes.specs import FakeSpec
-from simulator.faults import Fault, FaultKind
-from simulator.fleet import FaultTable, parse_fault, parse_fleet
+from simulator.fakes.specs import FakeSpec, model_key
+from simulator.fault_tables import PAUSE, parse_faults
+from simulator.fleet import parse_fleet
 from simulator.kernel import Kernel
-from simulator.network import Link, LinkFault, LinkFaultKind, Wire
+from simulator.network import Link, LinkFault, Wire
 from simulator.policies.placements import WorldView
 from simulator.promises import Promises
 from simulator.reports.expect import Expectation, parse_expect
 from simulator.reports.results import Band, RunResult
-from simulator.workload import Workload, make_source, parse_workload
+from simulator.workload import Workload, make_source, models_of, parse_workload
 from simulator.workloads.asks import Source
 from simulator.world import World
 
@@ -60,14 +60,6 @@ class ScenarioTable:
     network: NetworkTable = section("the way to every server", NetworkTable)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkFaultTable:
-    """`[[fault]]` of a kind that is the network's."""
-
-    latency_ns: int = duration("latency: how much more, one way", 0)
-    loss: float = ratio("loss: share of the messages", 0.0, high=0.9)
-
-
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """All that a run is made of, but for its seed and its policy."""
@@ -84,6 +76,7 @@ class Scenario:
     link_faults: Mapping[str, tuple[LinkFault, ...]] = field(default_factory=dict)
     pauses: tuple[tuple[int, int], ...] = ()  # of the balancer: its machine is suspended
     expectations: tuple[Expectation, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 # --- running -----------------------------------------------------------------------------------------------------
@@ -186,16 +179,14 @@ def parse_scenario(
     core = parse_table(Config, core_raw, "", problems, also=_KEYS) or Config()
     routes = parse_routes(raw.get("routes", {}), core.race, problems, _KEYS)
     check_order(raw, (core,), CORE_ORDER, problems)
-    specs = _parse_specs(raw, problems)
-    names = [spec.name for spec in specs]
     duration_ns = table.duration_ns if table is not None else None
-    faults = _Faults(names, duration_ns or 0, problems)
-    faults.read(raw.get("fault", []))
+    specs = _parse_specs(raw, problems, duration_ns)
+    names = [spec.name for spec in specs]
+    faults = parse_faults(raw.get("fault", []), names, duration_ns, problems)
     if "workload" not in raw:
         problems.append(Problem("workload", ABSENT, "no client asks for anything", "write a [workload] table"))
-    workload = (
-        parse_workload(raw["workload"], problems, folder=folder, duration_ns=duration_ns) if "workload" in raw else ()
-    )
+    end_ns = duration_ns or 1  # a problem tells of a duration that is missing: then any end will do
+    workload = parse_workload(raw["workload"], problems, folder=folder, duration_ns=end_ns) if "workload" in raw else ()
     expectations = parse_expect(raw.get("expect", {}), problems, servers=names, also=_KEYS)
     if problems or table is None:
         return None
@@ -217,79 +208,24 @@ def parse_scenario(
         link_faults={name: tuple(of) for name, of in faults.links.items() if of},
         pauses=tuple(faults.pauses),
         expectations=expectations,
+        warnings=tuple(_warnings(workload, specs)),
     )
 
 
-def _parse_specs(raw: Mapping[str, Any], problems: list[Problem]) -> tuple[FakeSpec, ...]:
+def _parse_specs(raw: Mapping[str, Any], problems: list[Problem], end_ns: int | None) -> tuple[FakeSpec, ...]:
     tables = raw.get("fleet", [])
     if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
         problems.append(Problem("fleet", tables, "is not a list of tables", "write [[fleet]] above each fake server"))
         return ()
     if not tables:
         problems.append(Problem("fleet", ABSENT, "no server is named", 'write [[fleet]] and below it name = "one"'))
-    return parse_fleet(tables, problems)
+    return parse_fleet(tables, problems, end_ns=end_ns)
 
 
-PAUSE = "pause"
-"""The kind of `[[fault]]` that hits the balancer itself."""
-
-
-class _Faults:
-    """Reads `[[fault]]`: what goes wrong with several servers, with their links, or with the balancer."""
-
-    def __init__(self, names: Sequence[str], end_ns: int, problems: list[Problem]) -> None:
-        self.servers: dict[str, list[Fault]] = {name: [] for name in names}
-        self.links: dict[str, list[LinkFault]] = {name: [] for name in names}
-        self.pauses: list[tuple[int, int]] = []
-        self._end_ns = end_ns
-        self._problems = problems
-
-    def read(self, raw: Any) -> None:
-        """Take one table, or a list of them."""
-        for index, item in enumerate(raw if isinstance(raw, list) else [raw]):
-            key = f"fault[{index}]" if isinstance(raw, list) else "fault"
-            if isinstance(item, Mapping):
-                self._read_one(item, key)
-            else:
-                self._problems.append(Problem(key, item, "is not a table", "write [[fault]] and its keys below"))
-
-    def _read_one(self, raw: Mapping[str, Any], key: str) -> None:
-        rest = {name: value for name, value in raw.items() if name != "servers"}
-        if raw.get("kind") == PAUSE:
-            table = parse_table(FaultTable, {**raw, "kind": FaultKind.HANG}, key, self._problems)
-            if table is not None:
-                until_ns = self._end_ns if table.until_ns is None else table.until_ns
-                self.pauses.append((table.from_ns or 0, until_ns))
-            return
-        names = self._names(raw.get("servers"), join(key, "servers"))
-        if raw.get("kind") in list(LinkFaultKind):
-            fault = self._link_fault(rest, key)
-            if fault is not None:
-                for name in names:
-                    self.links[name].append(fault)
-            return
-        parsed = parse_fault(rest, key, self._problems)
-        for name in names:
-            self.servers[name] += parsed
-
-    def _names(self, raw: Any, key: str) -> list[str]:
-        known = list(self.servers)
-        if raw is None or raw == "all":
-            return known
-        if not isinstance(raw, list) or not all(isinstance(name, str) for name in raw):
-            self._problems.append(Problem(key, raw, "is not a list of servers", 'write ["one", "two"], or "all"'))
-            return []
-        fix = f"write one of {', '.join(known)}"
-        unknown = (name for name in raw if name not in known)
-        self._problems += [Problem(key, name, "is not a server of the fleet", fix) for name in unknown]
-        return [name for name in raw if name in known]
-
-    def _link_fault(self, raw: Mapping[str, Any], key: str) -> LinkFault | None:
-        when = {name: raw[name] for name in ("from", "until") if name in raw}
-        rest = {name: value for name, value in raw.items() if name not in {"kind", "from", "until"}}
-        span = parse_table(FaultTable, {"kind": FaultKind.HANG, **when}, key, self._problems)
-        table = parse_table(LinkFaultTable, rest, key, self._problems)
-        if span is None or table is None:
-            return None
-        until_ns = self._end_ns if span.until_ns is None else span.until_ns
-        return LinkFault(LinkFaultKind(raw["kind"]), span.from_ns or 0, until_ns, table.latency_ns, table.loss)
+def _warnings(workload: Workload, specs: Sequence[FakeSpec]) -> Iterator[str]:
+    """Yield what can be run, but is probably not meant."""
+    on_disk = {model_key(model.name) for spec in specs for model in spec.models}
+    asked = dict.fromkeys(name for settings in workload for name in models_of(settings))
+    for name in asked:
+        if model_key(name) not in on_disk:
+            yield f"workload: no server of the fleet has {quote(name)}, so whoever asks for it gets an error"

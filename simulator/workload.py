@@ -36,6 +36,7 @@ from simulator.workloads.sources import (
     Traits,
     Workload,
     make_source,
+    models_of,
     scaled,
 )
 from simulator.workloads.tables import (
@@ -53,7 +54,7 @@ from simulator.workloads.tables import (
 )
 from simulator.workloads.traces import TraceError, format_of
 
-__all__ = ["Workload", "make_source", "parse_workload", "scaled"]
+__all__ = ["Workload", "make_source", "models_of", "parse_workload", "scaled"]
 
 DEFAULT_PROMPT = lognormal(1020, 4083, 1, 131_072)
 DEFAULT_OUTPUT = lognormal(129, 451, 1, 131_072)
@@ -140,7 +141,7 @@ def _models(at: _Reading) -> Mix[str] | None:
         weights = parse_weights(raw, key, at.problems)
         return mix_of(weights) if weights else None
     if not isinstance(raw, str) or not raw:
-        fix = f'write "{DEFAULT_MODEL}", or shares: {{ "{DEFAULT_MODEL}" = 0.8, "qwen2.5:0.5b" = 0.2 }}'
+        fix = f'write "{DEFAULT_MODEL}", or weights: {{ "{DEFAULT_MODEL}" = 0.8, "qwen2.5:0.5b" = 0.2 }}'
         at.problems.append(Problem(key, raw, "is not the name of a model", fix))
         return None
     return mix_of({raw: 1.0})
@@ -159,8 +160,8 @@ def _num_ctx(at: _Reading) -> Mix[int | None] | None:
         Problem(
             join(key, name),
             raw[name],
-            "is not the share of a number of tokens",
-            "write shares such as { default = 0.9, 8192 = 0.1 }",
+            "is not the weight of a number of tokens",
+            "write weights such as { default = 0.9, 8192 = 0.1 }",
         )
         for name in bad
     )

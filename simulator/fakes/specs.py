@@ -124,6 +124,11 @@ def runner_options(model: FakeModel, options: Mapping[str, Any] | None) -> Runne
     return defaults._replace(**asked)
 
 
+def memory_bytes(model: FakeModel, options: RunnerOptions) -> int:
+    """Return what a model takes of a server's memory when it is loaded with these options."""
+    return model.size_bytes + model.kv_bytes_per_token * options.num_ctx
+
+
 _GO_UNITS_NS = {
     "ns": 1,
     "us": 1000,

@@ -60,9 +60,8 @@ def _parse_servers(raw: Any, key: str, problems: list[Problem], servers: Sequenc
     found: list[Expectation] = []
     for server, table in raw.items():
         path = join(key, server)
-        if server not in servers:
-            fix = choice_fix(server, servers) if servers else "write the name of a server of the fleet"
-            problems.append(Problem(path, table, "is set, but there is no such server", fix))
+        if servers and server not in servers:
+            problems.append(Problem(path, table, "is set, but there is no such server", choice_fix(server, servers)))
         elif not isinstance(table, Mapping):
             problems.append(Problem(path, table, "is not a table", f'write "[{path}]"'))
         else:

@@ -68,6 +68,9 @@ def load_bench(paths: Iterable[Path]) -> list[Case]:
         problems: list[Problem] = []
         try:
             raw = tomllib.loads(read_text(path, "bench file"))
+        except InputError as error:
+            wrong += error.problems
+            continue
         except (ValueError, RecursionError) as error:
             wrong.append(str(Problem(str(path), ABSENT, f"is not TOML: {error}", "write key = value")))
             continue

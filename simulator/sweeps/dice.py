@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any, Protocol, TypeVar
 
+from simulator.fault_tables import PAUSE
 from simulator.faults import FaultKind
 from simulator.network import LinkFaultKind
-from simulator.scenario import PAUSE
 
 _T = TypeVar("_T")
 

@@ -162,7 +162,7 @@ def _amount_of(
 
 @dataclass(frozen=True, slots=True)
 class Mix(Generic[_T]):
-    """A choice among values, each with its share."""
+    """A choice among values, each with its share of the draws."""
 
     values: tuple[_T, ...]
     bounds: tuple[float, ...]  # the shares, summed up; the last is 1.0
@@ -184,12 +184,12 @@ def parse_weights(raw: Mapping[str, Any], key: str, problems: list[Problem]) -> 
     weights: dict[str, float] = {}
     for name, value in raw.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e9:
-            problems.append(Problem(join(key, name), value, "is not a weight", "write a share such as 0.8"))
+            problems.append(Problem(join(key, name), value, "is not a weight", "write a number such as 0.8"))
         else:
             weights[name] = float(value)
     if len(weights) < len(raw):
         return None
     if not math.fsum(weights.values()) > 0:
-        problems.append(Problem(key, raw, "has no weight above 0", 'write shares, such as { "llama3.2" = 0.8, ... }'))
+        problems.append(Problem(key, raw, "has no weight above 0", 'write weights, such as { "llama3.2" = 0.8, ... }'))
         return None
     return weights

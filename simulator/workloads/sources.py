@@ -115,6 +115,13 @@ def _scaled(settings: Settings, factor: float) -> Settings:
     return replace(settings, users=users, rate=None if settings.rate is None else settings.rate * factor)
 
 
+def models_of(settings: Settings) -> tuple[str, ...]:
+    """Return the models that are asked for; none when only the trace's file knows."""
+    if settings.traits.models is not None:
+        return settings.traits.models.values
+    return () if isinstance(settings, Trace) else (DEFAULT_MODEL,)
+
+
 # --- the sources ---------------------------------------------------------------------------------------------------
 
 _TABLE_BITS = 80  # blocks of different tables, or passes of a trace, are never the same

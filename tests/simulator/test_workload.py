@@ -120,18 +120,18 @@ END = 'write requests = 1000 or duration = "10m"'
         f"W.think: -1 is negative; write {DATE}, or a table: {NUMBERS}",
         f"W: {{...}} never ends; {END}"]),
     ('kind = "even"\nrate = 1\nrequests = 1\nmodels = []', [
-        ('W.models: [] is not the name of a model; write "llama3.2:latest", or shares: '
+        ('W.models: [] is not the name of a model; write "llama3.2:latest", or weights: '
         '{ "llama3.2:latest" = 0.8, "qwen2.5:0.5b" = 0.2 }')]),
     ('kind = "even"\nrate = 1\nrequests = 1\nmodels = { "a:b" = "x", c = -1 }', [
-        'W.models."a:b": "x" is not a weight; write a share such as 0.8',
-        "W.models.c: -1 is not a weight; write a share such as 0.8"]),
+        'W.models."a:b": "x" is not a weight; write a number such as 0.8',
+        "W.models.c: -1 is not a weight; write a number such as 0.8"]),
     ('kind = "even"\nrate = 1\nrequests = 1\nmodels = { a = 0 }', [
-        'W.models: {...} has no weight above 0; write shares, such as { "llama3.2" = 0.8, ... }']),
+        'W.models: {...} has no weight above 0; write weights, such as { "llama3.2" = 0.8, ... }']),
     ('kind = "even"\nrate = 1\nrequests = 1\nmodels = {}', [
-        'W.models: {} has no weight above 0; write shares, such as { "llama3.2" = 0.8, ... }']),
+        'W.models: {} has no weight above 0; write weights, such as { "llama3.2" = 0.8, ... }']),
     ('kind = "even"\nrate = 1\nrequests = 1\nnum_ctx = { defalt = 1 }', [
-        ("W.num_ctx.defalt: 1 is not the share of a number of tokens; "
-        "write shares such as { default = 0.9, 8192 = 0.1 }")]),
+        ("W.num_ctx.defalt: 1 is not the weight of a number of tokens; "
+        "write weights such as { default = 0.9, 8192 = 0.1 }")]),
     ('kind = "even"\nrate = 1\nrequests = 1\nnum_ctx = "8k"', [
         f'W.num_ctx: "8k" is not a whole number; write a whole number such as 3, without quotes, or a table: {NUMBERS}',
     ]),
