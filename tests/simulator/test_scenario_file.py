@@ -42,7 +42,7 @@ def test_a_fault_of_a_server_keeps_its_times_and_values() -> None:
     raw = {"kind": "flap", "from": "1s", "until": 3, "period": "500ms", "up": "100ms"}
     fault = Fault(FaultKind.FLAP, 1.0, 3.0, period_s=0.5, up_s=0.1)
     assert with_fault(**raw).specs[0].faults == (fault,)
-    assert scenario(tables(fleet=[server("a", fault=raw)])).specs[0].faults == (fault,).specs
+    assert scenario(tables(fleet=[server("a", fault=raw)])).specs[0].faults == (fault,)
 
 
 def test_a_fault_of_a_link_lasts_to_the_end_unless_it_says_until_when() -> None:
