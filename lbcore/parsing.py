@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -229,7 +229,7 @@ def _parse_table(cls: type[_T], raw: Any, key: str, problems: list[Problem], kno
         raw = {}
     fields = fields_of(cls)
     names = {field.key for field in fields}
-    problems.extend(unknown_key(key, name, raw[name], known) for name in raw if name not in names)
+    problems.extend(_unknown_keys(key, {name: raw[name] for name in raw if name not in names}, known))
     values: dict[str, Any] = {}
     for field in fields:
         _parse_field(field, raw, key, problems, known, values)
@@ -254,12 +254,25 @@ def _parse_field(
             problems.append(Problem(path, raw[field.key], error.message, error.fix))
 
 
+def _unknown_keys(table: str, unknown: Mapping[str, Any], known: Keys) -> Iterator[Problem]:
+    """Yield a problem for each key that does not exist; the list of those that do stands in the first of them alone."""
+    told = False
+    for name, value in unknown.items():
+        problem = unknown_key(table, name, value, known)
+        lists = problem.fix.startswith(_LISTED)
+        yield dataclasses.replace(problem, fix="") if lists and told else problem
+        told = told or lists
+
+
+_LISTED = "the keys here are "
+
+
 def unknown_key(table: str, name: str, value: Any, known: Keys) -> Problem:
     """Return the problem of a key that does not exist, with the `known` one that was probably meant."""
     here = [key for above, key in known if above == table]
     elsewhere = [pair for pair in known if pair[1] == name]
     meant = elsewhere or [(table, key) for key in nearest(name, here)] or _almost(name, known)
-    fix = f"the keys here are {', '.join(here)}" if here else ""
+    fix = f"{_LISTED}{', '.join(here)}" if here else ""
     if meant:
         fix = f"did you mean {' or '.join(join(*pair) for pair in meant[:3])}?"
     return Problem(join(table, name), value, "is set, but there is no such key", fix)

@@ -13,6 +13,7 @@ from typing import Any
 from lbcore.config import Config
 from lbcore.config_order import CORE_ORDER, Order, check_order
 from lbcore.config_routes import ROUTE_KEYS, parse_routes
+from lbcore.file_kind import FileKind, other_kind
 from lbcore.parsing import ABSENT, Keys, Problem, RefusedError, parse_table, show
 from lbcore.schema import fields_of, join, keys_of
 from lbio.addresses import Address, parse_listen
@@ -84,8 +85,10 @@ NO_SERVERS = Problem("servers", ABSENT, "no server is named",
 
 def load(path: Path | None, overrides: Overrides = NO_OVERRIDES, *, need_servers: bool = True,
          check_fleet: FleetCheck | None = None) -> AppConfig:
-    """Return the configuration of the file at `path` (None: the defaults) under `overrides`."""
+    """Return the configuration of the file at `path` (None: the defaults) under `overrides`. Raises `ConfigError`."""
     raw = {} if path is None else read_toml(path)
+    if path is not None and (problem := other_kind(raw, str(path), FileKind.CONFIGURATION)) is not None:
+        raise ConfigError([problem])
     base = None if path is None else path.resolve().parent
     return parse(raw, overrides, base=base, need_servers=need_servers, check_fleet=check_fleet)
 

@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from lbcore.file_kind import FileKind, other_kind
 from lbcore.parsing import ABSENT, Problem
 from simulator.scenario import Scenario, parse_scenario
 
@@ -46,6 +47,8 @@ def parse_scenario_text(text: str, path: Path) -> Scenario:
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError([Problem(str(path), ABSENT, f"is not TOML: {error}", "write key = value")]) from None
+    if (problem := other_kind(raw, str(path), FileKind.SCENARIO)) is not None:
+        raise InputError([problem])
     problems: list[Problem] = []
     scenario = parse_scenario(raw, path.stem, problems, folder=path.parent)
     if scenario is None:

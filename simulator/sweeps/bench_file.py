@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lbcore.file_kind import FileKind, other_kind
 from lbcore.parsing import ABSENT, Problem, RefusedError, choice_fix, parse_table, parse_value
 from lbcore.schema import Kind, Setting, count, fields_of, join, setting
 from simulator.inputs import InputError, parse_scenario_text, read_text
@@ -73,6 +74,9 @@ def load_bench(paths: Iterable[Path]) -> list[Case]:
             continue
         except (ValueError, RecursionError) as error:
             wrong.append(str(Problem(str(path), ABSENT, f"is not TOML: {error}", "write key = value")))
+            continue
+        if (problem := other_kind(raw, str(path), FileKind.BENCH)) is not None:
+            wrong.append(str(problem))
             continue
         cases += _parse_bench(raw, path.parent, problems)
         wrong += [f"{path}: {problem}" for problem in problems]

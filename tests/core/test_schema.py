@@ -343,3 +343,10 @@ def test_every_default_of_the_core_is_a_legal_value() -> None:
         problems: list[Problem] = []
         assert parse_table(outer.section, in_seconds, outer.key, problems) == held
         assert problems == []
+
+
+def test_the_keys_that_exist_are_listed_once() -> None:
+    problems: list[Problem] = []
+    parse_table(Config, {"aa": 1, "queues": 2, "bb": 3}, "", problems)
+    assert [problem.fix.partition(" ")[0] for problem in problems] == ["the", "did", ""]
+    assert str(problems[2]) == "bb: 3 is set, but there is no such key"

@@ -95,6 +95,23 @@ def test_check_reports_each_problem_on_a_line(tmp_path: Path) -> None:
     ]
 
 
+KINDS = {"simulate": "scenarios/healthy.toml", "bench": "bench/quick.toml", "run": "demo.toml"}
+
+
+@pytest.mark.parametrize("command", ["run", "check", "fleet", "simulate", "bench"])
+def test_a_file_for_another_command_is_refused_in_one_line_that_names_it(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = command if command in KINDS else "run"
+    for other, name in KINDS.items():
+        if other != own:
+            path = CONFIGS / name
+            assert main([command, str(path)]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"{path}: is a")
+            assert line.endswith(f"; run it with: ollama-lb {other} {path}")
+
+
 def test_check_passes_a_good_file(config: Path) -> None:
     done = cli("check", config)
     assert (done.returncode, done.stderr) == (0, "")
