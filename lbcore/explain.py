@@ -25,6 +25,7 @@ from lbcore.records import TTFT_UNKNOWN_NS, Request, Server, ServerModel
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.states import ServerState
 from lbcore.trace import Replay
+from lbcore.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,9 @@ class Candidate:
     state: str
     health: float
     reliability: str
+    doubted: bool
     in_flight: int  # of this model
+    in_flight_others: int  # of the server's other models
     slots: int
     loaded: bool | None
     expected_ms: float | None  # to the first token
@@ -204,16 +207,16 @@ def _candidates(
     drawn = [server for server in holders if selection.has_room(server, request)]
     ranks = dict(zip((s.id for s in drawn), _ranks(balancer, drawn, request, now_ns), strict=True))
     weights = {server.id: selection.weight_of(server) for server in drawn}
-    front = [s for s in drawn if not selection.is_passed_over(s, now_ns)] or drawn
-    first_rank = min((ranks[server.id] for server in front), default=0)
-    front = [server for server in front if ranks[server.id] == first_rank]
-    if balancer.config.selection.policy is not Policy.HEALTH:
-        least = min((selection.load_of(server) for server in front), default=0)
-        front = [server for server in front if selection.load_of(server) == least]
+    by_load = balancer.config.selection.policy is not Policy.HEALTH
+    groups = {
+        s.id: (selection.is_passed_over(s, now_ns), ranks[s.id], selection.load_of(s) if by_load else 0) for s in drawn
+    }
+    first_group = min(groups.values(), default=None)
+    front = [server for server in drawn if groups[server.id] == first_group]
     total = sum(weights[server.id] for server in front) or 1.0
     known = [record.known_ns for server in holders if (record := _record(server, request)) and record.known_ns]
     best_ns = min(known, default=TTFT_UNKNOWN_NS)
-    rivals = _Rivals(ranks, started, race_credits)
+    rivals = _Rivals(ranks, groups, started, race_credits)
     for server in balancer.fleet:
         record = _record(server, request)
         rank = ranks.get(server.id)
@@ -227,8 +230,10 @@ def _candidates(
             why,
             server.state,
             round(server.health, 2),
-            server.reliability + (" doubted" if server.doubted else ""),
+            server.reliability,
+            server.doubted,
             server.in_flight if record is None else record.in_flight,
+            0 if record is None else server.in_flight - record.in_flight,
             server.slots,
             None if record is None else record.loaded,
             None if expected_ns is None else round(expected_ns / MS_NS, 1),
@@ -243,6 +248,7 @@ class _Rivals:
     """All that were drawn from, and who was chosen."""
 
     ranks: Mapping[int, int]
+    groups: Mapping[int, tuple[bool, int, int]]  # passed over, rank, load: only those of one group are drawn from
     started: list[list[Any]]
     credits: float  # for racers and hedges
 
@@ -280,16 +286,24 @@ def _why_chosen(server: Server, request: Request, kind: str, rivals: _Rivals, no
         return "dead, and tried all the same: to find out whether it still is, or since nobody alive has the model"
     if server.id not in rivals.ranks:
         return "full, but there was nobody else" if kind == AttemptKind.RETRY else "nobody else was left to ask"
-    alone = len(rivals.ranks) == 1
-    peers = sum(rank == rivals.ranks[server.id] for rank in rivals.ranks.values())
-    how = "the only one to choose from" if alone else f"rank {rivals.ranks[server.id]}"
-    if peers > 1:
-        how = f"drawn by weight from {peers} of rank {rivals.ranks[server.id]}"
+    how = _how_drawn(server, rivals)
     if kind == AttemptKind.RACER and server.doubted:
         return f"{how}; doubted, so beside another"
     if selection.is_passed_over(server, now_ns):
         return f"{how}; distrusted, but others could not be asked"
     return f"{how}; ready" if selection.is_ready(server, request) else f"{how}; not ready at once"
+
+
+def _how_drawn(server: Server, rivals: _Rivals) -> str:
+    """Return from among whom a server was drawn."""
+    rank = rivals.ranks[server.id]
+    of_rank = sum(other == rank for other in rivals.ranks.values())
+    peers = sum(group == rivals.groups[server.id] for group in rivals.groups.values())
+    if peers > 1:
+        return f"drawn by weight from {peers} of rank {rank}"
+    if of_rank > 1 and rivals.groups[server.id] == min(g for g in rivals.groups.values() if g[1] == rank):
+        return f"the least in flight for its slots of {of_rank} of rank {rank}"
+    return "the only one to choose from" if len(rivals.ranks) == 1 else f"rank {rank}"
 
 
 def _why_not(balancer: LoadBalancer, server: Server, request: Request, rivals: _Rivals, now_ns: int) -> str:
@@ -352,13 +366,14 @@ def _notes(balancer: LoadBalancer, request: Request, started: list[list[Any]]) -
     """Yield what is to be known of the whole choice."""
     ledger = balancer.ledger
     n_alive = sum(server.is_alive for server in balancer.fleet)
-    yield f"{n_alive} of {len(balancer.fleet.servers)} servers alive, {len(ledger.requests)} requests under way before"
+    under_way = counted(len(ledger.requests), "request")
+    yield f"{n_alive} of {counted(len(balancer.fleet.servers), 'server')} alive, {under_way} under way before"
     if len(ledger.queue):
-        yield f"{len(ledger.queue)} requests wait in the queue"
+        yield f"in the queue: {counted(len(ledger.queue), 'request')}"
     if started and started[0][4] == AttemptKind.HEDGE and request.live_attempts:
         hopeless = all(is_in_doubt(attempt.server) for attempt in request.live_attempts)
         yield "all servers asked so far are in doubt" if hopeless else "the servers asked so far are not in doubt"
     if started and started[0][4] == AttemptKind.RETRY:
         budget = ledger.retry_budget
         in_flight = len(ledger.requests) - len(ledger.queue)
-        yield f"{budget.under_way} retries under way, {budget.limit(in_flight)} allowed"
+        yield f"{counted(budget.under_way, 'retry')} under way, {budget.limit(in_flight)} allowed"

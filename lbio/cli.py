@@ -69,6 +69,15 @@ _CONFIG_OPTIONAL = click.argument("config", required=False, metavar="[CONFIG]")
 _CONFIG = click.argument("config", metavar="CONFIG")
 
 
+def _request_id(text: str) -> int:
+    """Return the number of a request that is named by it, or as the log does: `#f08f-17` is 17."""
+    number = text.removeprefix("#").rpartition("-")[2]
+    if not (number.isascii() and number.isdigit() and len(number) < 20 and int(number)):
+        fix = "write its number, or its id from the log, such as '#f08f-17'"
+        raise click.BadParameter(f"'{text}' is no request; {fix}")
+    return int(number)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
              epilog=_examples("ollama-lb run -s http://gpu1:11434=gpu1 -s http://gpu2:11434=gpu2",
                               "ollama-lb run my.toml", "ollama-lb check my.toml"))
@@ -87,7 +96,8 @@ def cli() -> None:
 def run(config: str | None, **flags: Any) -> int:
     """Run the balancer, as CONFIG and the flags say; flags win.
 
-    A TIME is a number of seconds, or has a unit: 300ms, 1.5s, 5m, 1h30m.
+    A TIME is a number of seconds, or has a unit: 300ms, 1.5s, 5m, 1h30m. Exits with 2 when something is wrong with
+    CONFIG or a flag, with 1 when it cannot start, as when the port is taken.
     """
     specs: list[FakeSpec] = []
     app = _load(config, flags, specs)
@@ -125,14 +135,17 @@ def check(config: str | None, *, as_json: bool, **flags: Any) -> int:
     Takes what run takes, starts nothing, and exits with 0, or with 2 and every problem: its key, its value and how to
     write it right.
     """
+    import dataclasses
     import json
 
+    from lbio.config_file import directory_warnings
     from lbio.summary import problems_object, summary_lines, summary_object
 
     report = (lambda problems: click.echo(json.dumps(problems_object(problems), default=str))) if as_json else None
     app = _load(config, flags, [], report=report, quiet=True)
     if app is None:
         return EXIT_CONFIG
+    app = dataclasses.replace(app, warnings=(*app.warnings, *directory_warnings(app)))
     if as_json:
         click.echo(json.dumps(summary_object(app)))
     else:
@@ -184,8 +197,8 @@ def fleet(config: str) -> int:
 
 @cli.command(epilog=_examples("ollama-lb replay events.jsonl", "ollama-lb replay events.jsonl --at 17"))
 @click.argument("log", type=click.Path(path_type=Path), metavar="LOG")
-@click.option("--at", type=click.IntRange(min=1), metavar="ID",
-              help="Explain one request: who was asked, and why not the others. The log calls it #xxxx-ID.")
+@click.option("--at", type=_request_id, metavar="ID",
+              help="Explain one request: who was asked, and why not the others. ID is 17, or '#f08f-17' as in the log.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def replay(log: Path, *, at: int | None, as_json: bool) -> int:
     """Replay a log of [record], and see that the same is decided.
@@ -213,7 +226,7 @@ def replay(log: Path, *, at: int | None, as_json: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print every figure as one JSON object.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the run.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE.jsonl", help="Write its event log.")
-@click.option("--explain", type=int, metavar="ID", help="Tell the story of one request instead.")
+@click.option("--explain", type=_request_id, metavar="ID", help="Tell the story of one request instead.")
 @click.option("--audit/--no-audit", default=True, help="Check every invariant after every event. [default: audit]")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes. [default: one for each core]")
 @click.option("--swarm", "n_swarm", type=click.IntRange(1), metavar="N",
@@ -381,14 +394,15 @@ def _stop_signals() -> AbstractContextManager[AsyncIterator[object]]:
 
 def _fleet_lines(servers: Sequence[FakeServer]) -> Iterable[str]:
     """Yield the address of each fake server, and a request to paste."""
-    width = max(len(server.spec.name) for server in servers)
-    for server in servers:
-        models = ", ".join(model.name for model in server.spec.models)
-        yield f"{server.spec.name.ljust(width)}  {server.url}  {models}"
+    rows = [("SERVER", "URL", "MODELS")]
+    rows += [(of.spec.name, of.url, ", ".join(model.name for model in of.spec.models)) for of in servers]
+    name_width, url_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+    for name, url, models in rows:
+        yield f"{name.ljust(name_width)}  {url.ljust(url_width)}  {models}"
     first = servers[0]
     model = first.spec.models[0].name if first.spec.models else "llama3.2"
     body = f'{{"model":"{model}","messages":[{{"role":"user","content":"hello"}}]}}'
-    yield f"try: curl {first.url}/api/chat -d '{body}'"
+    yield f"try: curl -N {first.url}/api/chat -d '{body}'"
 
 
 # --- entry point -------------------------------------------------------------------------------------------

@@ -29,7 +29,18 @@ from lbio.config_servers import (
 from lbio.config_text import document, dump
 from lbio.settings import DEFAULT_LISTEN, AdminAccess, AppConfig
 
-__all__ = ["AppConfig", "ConfigError", "Overrides", "Problem", "config_path", "document", "dump", "load", "parse"]
+__all__ = [
+    "AppConfig",
+    "ConfigError",
+    "Overrides",
+    "Problem",
+    "config_path",
+    "directory_warnings",
+    "document",
+    "dump",
+    "load",
+    "parse",
+]
 
 FleetCheck = Callable[[Sequence[Mapping[str, Any]], list[Problem]], object]
 """Appends what is wrong with the `[[fleet]]` tables; only the simulator understands them."""
@@ -249,6 +260,13 @@ def _fleet(raw: Mapping[str, Any], overrides: Overrides, servers: Iterable[Keyed
 def _app_warnings(app: AppConfig) -> Iterable[str]:
     if app.admin.allow is AdminAccess.ANY:
         yield f'admin.allow = "any": whoever reaches {app.listen} may add and remove servers'
+
+
+def directory_warnings(app: AppConfig) -> Iterable[str]:
+    """Yield what `run` would fail at, on this machine and as it is now."""
+    directory = Path(app.record.path).expanduser().parent
+    if app.record.path and not directory.is_dir():
+        yield f"record.path: there is no directory {directory}: mkdir -p {directory}"
 
 
 def _sorted(problems: Iterable[Problem], raw: Mapping[str, Any], flag_of: Mapping[str, str]) -> list[Problem]:

@@ -65,7 +65,8 @@ class Recording:
         try:
             files.begin()
         except OSError as error:
-            fix = "name a file in a directory that this user may write to"
+            there = path.parent.is_dir()
+            fix = "name a file in a directory that this user may write to" if there else f"mkdir -p {path.parent}"
             message = f"cannot be written: {error.strerror or error}"
             raise RecordError(Problem("record.path", self._settings.path, message, fix)) from None
         self._thread = _Thread(files)

@@ -16,6 +16,7 @@ from typing import Any, Final
 from lbcore import __version__
 from lbcore.comparison import Comparison, Difference, compare
 from lbcore.explain import Candidate, Choice, Explanation, UnknownRequestError, explain_at
+from lbcore.states import Reliability
 from lbcore.trace import LogError
 from lbcore.units import counted
 from lbio.status import align
@@ -139,10 +140,12 @@ _COLUMNS = ("SERVER", "CHOSEN", "STATE", "HEALTH", "IN FLIGHT", "LOADED", "EXPEC
 
 
 def _explanation_lines(told: Explanation) -> Iterator[str]:
-    yield f"request {told.request_id}: {told.about or 'it arrived before this log began'}"
+    if not told.about:
+        yield f"request {told.request_id} arrived before this log began"
     choices = {choice.line: choice for choice in told.choices}
-    for moment in told.story:
-        yield ""
+    for index, moment in enumerate(told.story):
+        if index or not told.about:
+            yield ""
         yield f"{moment.at_ms:+.3f} ms  {moment.event}   (line {moment.line})"
         if moment.line in choices:
             yield from _choice_lines(choices[moment.line])
@@ -162,13 +165,15 @@ def _choice_lines(choice: Choice) -> Iterator[str]:
 
 
 def _row(candidate: Candidate) -> tuple[str, ...]:
-    doubt = "" if candidate.reliability == "Reliable" else f" {candidate.reliability}"
+    doubt = " (doubted)" if candidate.doubted else ""
+    broke = "" if candidate.reliability == Reliability.RELIABLE else f" {candidate.reliability}"
+    others = f", {candidate.in_flight_others} of others" if candidate.in_flight_others else ""
     return (
         candidate.server,
         candidate.chosen_as or "-",
-        f"{candidate.state}{doubt}",
+        f"{candidate.state}{doubt}{broke}",
         f"{candidate.health:.2f}",
-        f"{candidate.in_flight}/{candidate.slots}",
+        f"{candidate.in_flight}/{candidate.slots}{others}",
         {True: "yes", False: "no", None: "-"}[candidate.loaded],
         "-" if candidate.expected_ms is None else f"{candidate.expected_ms:.0f} ms",
         "-" if candidate.rank is None else str(candidate.rank),

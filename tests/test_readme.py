@@ -142,6 +142,7 @@ def test_fleet_prints_the_addresses() -> None:
         [*OLLAMA_LB, *shlex.split(FLEET)[1:]], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
+        assert process.stdout.readline().split() == ["SERVER", "URL", "MODELS"]
         assert "http://127.0.0.1:" in process.stdout.readline()
         _stop(process)
 

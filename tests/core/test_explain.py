@@ -105,6 +105,31 @@ def test_why_nobody_races_beside_it() -> None:
     assert chances == [0.5, 0.5]
 
 
+def test_the_load_that_speaks_against_a_server_is_shown() -> None:
+    """Its other models count for it too, so that what is in flight of this one alone would contradict the reason."""
+    book, lines = recorded("a b c", factor=1, race=RaceSettings(budget=0.0), routes=many(racers_max=2, hedges_max=0))
+    book >> events.SyncRequested()
+    book.skip()
+    book.sync("a", have="m other", active="m other").skip()
+    book.alone(1, "a", model="other")
+    book.race(2)
+    (choice,) = explain_at(lines, 2).choices
+    told = {candidate.server: candidate for candidate in choice.candidates}
+    assert (told["a"].in_flight, told["a"].in_flight_others, told["a"].chance) == (0, 1, None)
+    assert told["a"].why.startswith("more in flight for its slots than ")
+    (chosen,) = [candidate for candidate in choice.candidates if candidate.chosen_as]
+    assert chosen.why.startswith("drawn by weight from 2 of rank 0")
+    assert [told[name].chance for name in "bc"] == [0.5, 0.5]
+
+
+def test_one_request_is_one_request() -> None:
+    book, lines = recorded("a")
+    book.race(1)
+    book.race(2)
+    (choice,) = explain_at(lines, 2).choices
+    assert choice.notes[0] == "1 of 1 server alive, 1 request under way before"
+
+
 def test_a_server_that_broke_streams_is_said_to_be_distrusted() -> None:
     book, lines = recorded("a b", factor=1, routes=many(racers_max=1, hedges_max=0), retry=RetrySettings())
     (first,) = book.race(1)

@@ -117,6 +117,18 @@ def test_check_passes_a_good_file(config: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_check_warns_of_a_directory_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, logs = tmp_path / "my.toml", tmp_path / "logs"
+    path.write_text(f"[record]\npath = '{logs}/events.jsonl'\n{GOOD}", encoding="utf-8")
+    assert main(["check", str(path)]) == 0
+    assert capsys.readouterr().out.endswith(f"\nwarning: record.path: there is no directory {logs}: mkdir -p {logs}\n")
+    assert main(["check", str(path), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["warnings"]) == 1
+    logs.mkdir()
+    assert main(["check", str(path)]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("args", [["--help"], ["--version"], ["run", "--help"]])
 def test_help_imports_nothing_heavy(args: list[str]) -> None:
     heavy = {"anyio", "asyncio", "h11", "msgspec", "rich", "simulator", "tomli_w", "tomllib", "uvloop"}
@@ -139,16 +151,16 @@ def test_fleet_serves_until_a_signal(number: signal.Signals) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        lines = [process.stdout.readline() for _ in range(5)]
-        url = lines[0].split()[1]
+        lines = [process.stdout.readline() for _ in range(6)]
+        url = lines[1].split()[1]
         with urllib.request.urlopen(f"{url}/api/tags", timeout=10) as answer:  # noqa: S310  # http, as written above
             models = [model["name"] for model in json.load(answer)["models"]]
         process.send_signal(number)
         assert process.wait(timeout=10) == 0
         assert process.stderr.read() == ""
     assert sorted(models) == ["llama3.2:latest", "qwen2.5:0.5b"]
-    assert [line.split()[0] for line in lines] == ["swift", "steady", "slow", "flaky", "try:"]
-    assert lines[4].startswith(f"try: curl {url}/api/chat -d ")
+    assert [line.split()[0] for line in lines] == ["SERVER", "swift", "steady", "slow", "flaky", "try:"]
+    assert lines[5].startswith(f"try: curl -N {url}/api/chat -d ")
 
 
 def test_fleet_tells_of_a_busy_port(tmp_path: Path) -> None:

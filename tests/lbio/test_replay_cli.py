@@ -88,12 +88,25 @@ def test_a_log_that_breaks_off_is_replayed_up_to_there(log: Path, capsys: pytest
 def test_one_request_is_explained(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(log), "--at", "1"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("request 1: RequestArrived(request_id=1, route='/api/chat', model='m'")
+    assert out.startswith("+0.000 ms  RequestArrived(request_id=1, route='/api/chat', model='m'")
+    assert out.count("RequestArrived") == 1
     assert "SERVER  CHOSEN   STATE    HEALTH  IN FLIGHT  LOADED  EXPECTED  RANK  CHANCE  WHY\n" in out
     assert "    a       primary  healthy  1.00    0/1        yes     100 ms    0     100%    rank 0; ready\n" in out
     assert "not drawn first; and 2 race already" in out or "outranked" in out
     assert "+50.000 ms  FirstTokenReceived(attempt_id=1)   (line 8)\n    -> CommitAttempt(request_id=1, attempt" in out
     assert "request_id=2" not in out
+
+
+@pytest.mark.parametrize("named", ["1", "#f08f-1", "f08f-1"])
+def test_a_request_may_be_named_as_the_log_does(named: str, log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", str(log), "--at", named]) == 0
+    assert "RequestArrived(request_id=1," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("named", ["0", "#f08f", "#f08f-", "x", "-1x"])
+def test_what_names_no_request_is_refused(named: str, log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", str(log), f"--at={named}"]) == 2
+    assert f"'{named}' is no request; write its number, or its id from the log" in capsys.readouterr().err
 
 
 def test_a_request_is_explained_as_json(log: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from lbcore.parsing import Problem
 from lbcore.schema import MS_NS, SECOND_NS
+from lbio.cli import main
 from simulator.cli import Wanted, simulate
 from simulator.fault_tables import TABLES, FaultTable
 from simulator.faults import Fault, FaultKind
@@ -211,3 +212,13 @@ def test_the_problems_of_all_files_of_a_folder_are_told(tmp_path: Path, capsys: 
     out, err = capsys.readouterr()
     assert out == ""
     assert [line.partition(": ")[0] for line in err.splitlines()] == [f"{tmp_path / name}.toml" for name in "acc"]
+
+
+def test_a_request_is_explained_by_its_id_in_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL.replace("1s", "5s").replace("MODEL", "llama3.2"), encoding="utf-8")
+    told = []
+    for named in ("2", "#f08f-2"):
+        assert main(["simulate", str(path), "--explain", named]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
