@@ -15,7 +15,7 @@ def _ms(d: RecordDecision) -> str:
 _WORDS: Mapping[Decision, Callable[[RecordDecision], str]] = {
     Decision.QUEUED: lambda d: f"waits: {d.why}",
     Decision.STARTED: lambda d: f"-> {' + '.join(d.names)} ({d.why})",
-    Decision.HEDGED: lambda d: f"hedged to {' + '.join(d.names)}: {d.why}",
+    Decision.HEDGED: lambda d: f"{' + '.join(d.names)} asked too: {d.why}",
     Decision.RETRIED: lambda d: f"retried on {' + '.join(d.names)}: {d.why}" if d.names else f"not retried: {d.why}",
     Decision.COMMITTED: lambda d: f"{d.server} won after {_ms(d)} ({d.why})",
     Decision.CANCELLED: lambda d: f"{d.server} cancelled after {_ms(d)}: {d.why}",

@@ -120,7 +120,6 @@ class Log:
 _LEVELS: Mapping[Decision, int] = {
     Decision.FAILED: logging.WARNING,
     Decision.REJECTED: logging.WARNING,
-    Decision.DOUBTED: logging.WARNING,
     Decision.SERVER_DIED: logging.WARNING,
 }
 

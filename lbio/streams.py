@@ -17,6 +17,7 @@ import anyio
 from anyio.abc import ByteStream
 from anyio.streams.tls import TLSStream
 
+from lbio.addresses import Address
 from lbio.sockets import RECEIVE_BYTES, SocketStream, Stream, Watched
 
 __all__ = [
@@ -328,7 +329,7 @@ def _bind(family: socket.AddressFamily, address: tuple[Any, ...], backlog: int, 
     except OSError as error:
         if sock is not None:
             sock.close()
-        raise OSError(error.errno, f"cannot listen on {address[0]} port {address[1]}: {error.strerror}") from error
+        raise OSError(error.errno, f"cannot listen on {Address(*address[:2])}: {error.strerror}") from error
     return sock
 
 

@@ -217,3 +217,17 @@ def test_a_decision_is_told_by_any_handler(caplog: pytest.LogCaptureFixture) -> 
     assert [(found.levelname, found.getMessage()) for found in caplog.records] == [
         ("WARNING", "gpu1 is dead: it left")
     ]
+
+
+def test_a_server_that_is_merely_slower_than_others_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "ollama_lb"):
+        Log(LogSettings()).decision(RecordDecision(Decision.DOUBTED, server="gpu1", why="4 races lost in a row"))
+    assert [(found.levelname, found.getMessage()) for found in caplog.records] == [
+        ("INFO", "gpu1 doubted: 4 races lost in a row")
+    ]
+
+
+def test_a_hedge_says_who_is_asked_beside_those_before(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "ollama_lb"):
+        Log(LogSettings()).decision(RecordDecision(Decision.HEDGED, names=("gpu2",), why="gpu1: connection refused"))
+    assert [found.getMessage() for found in caplog.records] == ["gpu2 asked too: gpu1: connection refused"]
