@@ -66,16 +66,17 @@ def print_run(verdict: Verdict, console: Console) -> None:
 
 
 def _outcomes(summary: Summary) -> Table:
-    table = new_table("", "requests", "number", "share", "why", left=("why",))
-    add(table, "arrived", f"{summary.requests:,}", "", "")
+    why = ("why",) if summary.whys else ()
+    table = new_table("", "requests", "number", "share", *why, left=why)
+    add(table, "arrived", f"{summary.requests:,}", "")
     left_out = max(0, len(summary.whys) - _WHYS_MAX)
     for outcome, n in summary.outcomes.items():
         if n or outcome is Outcome.COMPLETED:
             style = "" if outcome in {Outcome.COMPLETED, Outcome.LEFT} else "red"
-            add(table, Text(outcome, style), f"{n:,}", percent_text(n, summary.requests), "")
-        for of, why, count in summary.whys[:_WHYS_MAX]:
+            add(table, Text(outcome, style), f"{n:,}", percent_text(n, summary.requests))
+        for of, words, count in summary.whys[:_WHYS_MAX]:
             if of is outcome:
-                add(table, "", f"{count:,}", "", why or "for no reason given")
+                add(table, "", f"{count:,}", "", words or "for no reason given")
     if left_out:
         add(table, "", f"{sum(row[2] for row in summary.whys[_WHYS_MAX:]):,}", "", f"for {left_out} other reasons")
     return table

@@ -7,8 +7,8 @@ there are no colours, and the same figures give the same bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import IO, Literal
+from collections.abc import Mapping, Sequence
+from typing import IO, Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -22,7 +22,6 @@ from simulator.reports.summary import ratio
 
 _WIDTH_MIN = 80
 _WIDTH_MAX = 10_000
-_NAME_MIN = 8
 
 
 # --- figures as text -------------------------------------------------------------------------------------------
@@ -60,7 +59,7 @@ def figure_text(figure: Figure, value: float) -> str:
         return percent_text(value, 1.0)
     if figure.unit == "%":
         return percent_text(value, 100.0)
-    return f"{value:,.0f}" if figure.whole and value == round(value) else f"{value:,.2f}"
+    return f"{value:,.0f}" if figure.whole else f"{value:,.2f}"
 
 
 def finite(value: float) -> float | None:
@@ -94,26 +93,30 @@ def _cell(value: str | Text) -> Text:
 
 def new_table(title: str, *columns: str, left: Sequence[str] = ()) -> Table:
     """Return an empty table; the first column and those named in `left` hold words, the others figures."""
-    table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
+    look: Mapping[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    table = Table(title=title or None, title_justify="left", title_style="bold", **look)
     for index, column in enumerate(columns):
         words = index == 0 or column in left
-        least = _NAME_MIN if index == 0 else None
         justify: Literal["left", "right"] = "left" if words else "right"
-        table.add_column(column, justify=justify, no_wrap=not words, overflow="fold", min_width=least)
+        table.add_column(column, justify=justify, no_wrap=index == 0 or not words, overflow="fold")
     return table
 
 
 def add(table: Table, *cells: str | Text) -> None:
-    """Add a row; text is taken as it is, without markup."""
-    table.add_row(*(_cell(cell) for cell in cells))
+    """Add a row; text is taken as it is, without markup. The first column is as wide as its longest cell."""
+    row = [_cell(cell) for cell in cells]
+    first = table.columns[0]
+    first.min_width = max(first.min_width or 0, row[0].cell_len)
+    table.add_row(*row)
 
 
 def show(console: Console, table: Table) -> None:
-    """Print a table; one that cannot do with the width there is gets more, and its lines are folded, not cut."""
+    """Print a table and an empty line; one that cannot do with the width there is gets more, and no line is cut."""
     width = console.width
     console.width = max(width, Measurement.get(console, console.options.update(width=_WIDTH_MAX), table).minimum)
     console.print(table)
     console.width = width
+    console.print()
 
 
 def say(console: Console, *lines: str | Text) -> None:

@@ -63,7 +63,8 @@ def test_almost_all_is_not_all(part: float, whole: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "value", "text"), [
-    ("requests", 1234, "1,234"), ("requests", 2.5, "2.50"), ("completed", 0.5, "50.0 %"), ("ttft_p50_ms", 5, "5.00 ms"),
+    ("requests", 1234, "1,234"), ("requests", 588.6, "589"), ("completed", 0.5, "50.0 %"),
+    ("ttft_p50_ms", 5, "5.00 ms"),
     ("duration_s", 12, "12.0 s"), ("wasted_tokens_pct", 4.56, "4.6 %"), ("amplification", 1.2, "1.20"),
     ("itl_p50_ms", math.nan, "-"),
 ])
@@ -112,9 +113,24 @@ def test_no_figure_is_cut_at_any_width(width: int) -> None:
         assert max(map(len, text.splitlines())) <= width
 
 
+@pytest.mark.parametrize("width", [20, 80])
+def test_names_are_not_folded(width: int) -> None:
+    name = "hangs-but-answers-probes-and-then-some"
+    summary = dataclasses.replace(summarise(big(50)), scenario=name)
+    text = printed(lambda console: print_scenarios([[Verdict(summary)]], console), width)
+    assert any(line.startswith(f"{name}  ") for line in text.splitlines())
+
+
+def test_tables_begin_at_the_left_and_have_no_column_without_a_cell() -> None:
+    lines = printed(lambda console: print_run(Verdict(summarise(RunResult("x", 1, ""))), console)).splitlines()
+    assert lines[1].split() == ["requests", "number", "share"]
+    assert not any(line.startswith(" ") for line in lines)
+    assert all(lines[i] or lines[i + 1] for i in range(len(lines) - 1))
+
+
 def test_a_wide_terminal_shows_health_over_time() -> None:
     text = printed(lambda console: print_run(Verdict(summarise(big(2000))), console), 120)
-    row = next(line for line in text.splitlines() if line.startswith(" gpu2"))
+    row = next(line for line in text.splitlines() if line.startswith("gpu2"))
     assert "█xxxxxx" in row
     assert "█" not in printed(lambda console: print_run(Verdict(summarise(big(2000))), console), 100)
 
