@@ -214,6 +214,13 @@ def replay(log: Path, *, at: int | None, as_json: bool) -> int:
 # --- configuration -----------------------------------------------------------------------------------------
 
 
+_POLICIES = (  # of simulator.policies.known, which `--help` need not import
+    "round-robin", "random", "least-in-flight", "power-of-two", "weighted-health", "peak-ewma", "prequal",
+    "race-2", "race-3", "race-4", "race-budget", "hedge-p95", "hedge-adaptive", "session-affinity", "oracle",
+    "original",
+)
+
+
 @cli.command(epilog=_examples("ollama-lb simulate configs/scenarios/one-server-hangs.toml --plot out.png",
                               "ollama-lb simulate configs/scenarios --seeds 20",
                               "ollama-lb simulate my.toml --policy least-in-flight --explain 17",
@@ -222,7 +229,8 @@ def replay(log: Path, *, at: int | None, as_json: bool) -> int:
 @click.option("--seed", type=click.IntRange(0), metavar="N", help="Of everything random. [default: the scenario's]")
 @click.option("--seeds", type=click.IntRange(1, 1_000_000), default=1, metavar="N",
               help="Run so many seeds, from --seed on, on all cores.")
-@click.option("--policy", metavar="NAME", default="", help="Under another policy than the one configured.")
+@click.option("--policy", metavar="NAME", default="",
+              help=f"Under another policy than the one configured: {', '.join(_POLICIES)}.")
 @click.option("--json", "as_json", is_flag=True, help="Print every figure as one JSON object.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the run.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE.jsonl", help="Write its event log.")

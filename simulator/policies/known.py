@@ -27,6 +27,7 @@ from lbcore.config import (
 )
 from lbcore.fleet import Fleet
 from lbcore.ollama import ROUTES, default_routes, route_settings
+from lbcore.parsing import choice_fix, quote
 from lbcore.placement import Placement
 from lbcore.schema import MS_NS, SECOND_NS
 from simulator.policies import placements
@@ -90,7 +91,7 @@ def policy(name: str) -> PolicySpec:
     """Return the policy called `name`; raises PolicyError, naming all, when there is none."""
     spec = POLICIES.get(name)
     if spec is None:
-        raise PolicyError(f"no policy is called {name!r}; there are {', '.join(POLICIES)}")
+        raise PolicyError(f"no policy is called {quote(name)}; {choice_fix(name, list(POLICIES))}")
     return spec
 
 

@@ -17,10 +17,11 @@ import click
 from rich.console import Console
 
 from lbcore.config import Config, ServerSettings
+from lbcore.parsing import choice_fix, quote
 from lbcore.schema import SECOND_NS
 from lbcore.trace import LogError
 from simulator.fakes.specs import FakeSpec
-from simulator.profiles import ProfileError, profile, speed_of
+from simulator.profiles import profile, profile_names, speed_of
 from simulator.reports.figures import figure_of
 from simulator.reports.results import Outcome, RequestResult, RunResult
 from simulator.reports.summary import flat, quantiles, summarise
@@ -81,7 +82,7 @@ def what_if(path: Path, change: Change, *, as_json: bool = False) -> int:
         return _refuse(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}")
     except LogError as error:
         return _refuse(f"{path}:{error.line}: {error.message}")
-    except (WhatIfError, ProfileError) as error:
+    except WhatIfError as error:
         return _refuse(str(error))
     if as_json:
         click.echo(json.dumps(answer.as_object(), allow_nan=False))
@@ -242,6 +243,10 @@ def _new_server(name: str, like: str, fitted: Fit) -> FakeSpec:
     known = {spec.name: spec for spec in fitted.specs}
     if like in known:
         return replace(known[like], name=name, faults=())
+    if like not in profile_names():
+        fix = choice_fix(like, [*known, *profile_names()])
+        what = f"{quote(like)} is no server of the log and no known hardware"
+        raise WhatIfError(f"--servers +{name}:{like}: {what}; {fix}")
     hardware = profile(like)
     template = max(fitted.specs, key=lambda spec: len(spec.speeds))
     speeds = []

@@ -24,6 +24,7 @@ from lbcore.units import format_duration
 from lbio.cli import main
 from lbio.config_file import document, load, parse
 from lbio.settings import AppConfig
+from simulator.policies.known import POLICIES
 from tests.lbio.sockets_kit import free_port
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -142,6 +143,12 @@ def test_help_says_in_a_line_what_each_command_does(monkeypatch: pytest.MonkeyPa
     lines = cli("--help").stdout.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
     assert [line.split()[0] for line in lines] == sorted(COMMANDS)
     assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+
+
+def test_help_of_simulate_names_every_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--help"]) == 0
+    words = capsys.readouterr().out.replace("-\n", "-")
+    assert f"configured: {', '.join(POLICIES)}." in " ".join(words.split()).replace("- ", "-")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

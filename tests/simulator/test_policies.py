@@ -66,7 +66,7 @@ def test_the_table_names_every_policy_of_the_issue() -> None:
 
 
 def test_an_unknown_policy_is_told_and_all_are_named() -> None:
-    with pytest.raises(PolicyError, match=r"'fastest'.*round-robin, .*original"):
+    with pytest.raises(PolicyError, match=r'"fastest"; write one of "round-robin", .*"original"$'):
         policy("fastest")
 
 

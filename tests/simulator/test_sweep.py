@@ -151,7 +151,7 @@ def test_a_run_that_breaks_off_is_told_of_and_not_kept(jobs: list[Job], tmp_path
     bad = Job("two", "two.toml", SCENARIO, "no-such-policy", 0.3, 1.0, 1)
     results = Results(tmp_path / "runs.jsonl")
     done = run_sweep([bad, jobs[0]], on_done=results.add)
-    assert done[0].error.startswith("PolicyError: no policy is called 'no-such-policy'")
+    assert done[0].error.startswith('PolicyError: no policy is called "no-such-policy"')
     assert list(Results(results.path).known) == [jobs[0].key]
     rows = sweep_rows([bad, jobs[0]], done)
     assert rows[0].figures == {}

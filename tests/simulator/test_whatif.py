@@ -138,6 +138,13 @@ def test_a_change_that_cannot_be(found: Recorded, words: str, message: str) -> N
     assert str(raised.value) == message
 
 
+def test_what_a_server_could_be_like_is_suggested(found: Recorded) -> None:
+    with pytest.raises(WhatIfError) as raised:
+        answer_of(found, Change(servers=("+gpu5:fats",)))
+    what = '--servers +gpu5:fats: "fats" is no server of the log and no known hardware'
+    assert str(raised.value).startswith(f'{what}; did you mean "fast"? The choices are "fast", "slow", "')
+
+
 def test_a_server_that_was_down_is_down_again() -> None:
     _, lines = record(fault={"kind": "refuse", "servers": ["fast"], "from": "20s", "until": "40s"})
     (fast, _) = fit(read_log(lines)).specs
