@@ -297,7 +297,7 @@ def what_if(log: Path, config: str | None, servers: tuple[str, ...], speed: floa
 @click.option("--csv", type=click.Path(path_type=Path), metavar="FILE.csv", help="Write every figure as CSV.")
 @click.option("--json", "as_json", is_flag=True, help="Print every figure as one JSON object.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="PREFIX",
-              help="Draw PREFIX-load.png, p99 TTFT against load, and PREFIX-pareto.png, against waste.")
+              help="Draw PREFIX-pareto.png, p99 TTFT against waste, and PREFIX-load.png, against load if it varies.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes. [default: one for each core]")
 @click.option("--dask", metavar="ADDRESS", default="", help="Run on the Dask cluster of this scheduler.")
 def bench(**wanted: Any) -> int:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ BY_CI = {
     # .ci/run does the same steps: a fresh virtual environment, the install, the test command
     "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest -n auto",
 }
+PLOT_INSTALL = "pip install '.[plot]'"  # the extra `test`, which `.ci/run` installs, has the same in it
 INSTALL_AND_RUN = "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/ollama-lb run configs/demo.toml"
 STARTED = {"ollama-lb run -s http://gpu1:11434=gpu1 -s http://gpu2:11434=gpu2", "ollama-lb run my.toml"}
 ONE_AFTER_ANOTHER = [
@@ -78,6 +80,7 @@ def test_each_command_is_accounted_for() -> None:
     known = {
         *BY_CI,
         INSTALL_AND_RUN,
+        PLOT_INSTALL,
         *STARTED,
         *ONE_AFTER_ANOTHER,
         FLEET,
@@ -96,6 +99,11 @@ def test_ci_runs_the_test_command() -> None:
         for step in ("-m venv", "pip install", "'.[test]'", "-m pytest -n auto"):
             assert step in command
             assert step.replace("pip install", "pip install") in script
+
+
+def test_who_has_the_tests_has_the_pictures() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert {*extras["plot"]} <= {*extras["test"]}
 
 
 def test_init_and_check(tmp_path: Path) -> None:

@@ -137,14 +137,23 @@ def _spread(name: str, values: Iterable[tuple[int, float]]) -> Spread:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The mean of a figure over seeds, with its 95 % confidence interval (Student's t, cut off at 0)."""
+    """The mean of a figure over seeds, with its 95 % confidence interval (Student's t, cut off at 0).
+
+    Of fewer runs than `INTERVAL_RUNS_MIN` it is the mean alone: the t of two is 12.7, and their interval says nothing.
+    """
 
     mean: float
     low: float
     high: float
     runs: int
 
+    @property
+    def has_interval(self) -> bool:
+        """Whether `low` and `high` say more than the mean."""
+        return self.runs >= INTERVAL_RUNS_MIN
 
+
+INTERVAL_RUNS_MIN = 3
 NO_ESTIMATE = Estimate(math.nan, math.nan, math.nan, 0)
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom (NIST/SEMATECH e-Handbook, table 1.3.6.7.2).
@@ -155,13 +164,13 @@ _T95 = (
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Return the mean of one figure's values, one a seed; nan is left out. One value alone is its own interval."""
+    """Return the mean of one figure's values, one a seed; nan is left out."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return NO_ESTIMATE
     mean = math.fsum(known) / len(known)
-    if len(known) == 1:
-        return Estimate(mean, mean, mean, 1)
+    if len(known) < INTERVAL_RUNS_MIN:
+        return Estimate(mean, mean, mean, len(known))
     variance = math.fsum((value - mean) ** 2 for value in known) / (len(known) - 1)
     df = len(known) - 1
     t = _T95[df - 1] if df <= len(_T95) else 1.960 + 2.46 / df  # true to 0.1 % beyond the table

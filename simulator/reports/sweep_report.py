@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rich.console import Console
 
-from simulator.reports.figures import Estimate, Figure, SweepRow, figure_of, ratio_to
+from simulator.reports.figures import INTERVAL_RUNS_MIN, Estimate, Figure, SweepRow, figure_of, ratio_to
 from simulator.tables import add, figure_text, finite, is_utf, new_table, printable, say, show
 
 _RANKED = "ttft_p99_ms"
@@ -41,7 +41,8 @@ def print_sweep(rows: Sequence[SweepRow], console: Console, *, reference: str = 
     runs = [row.figure("requests").runs for row in rows]
     if runs:
         seeds = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
-        say(console, f"means over {seeds} seeds; p99 TTFT with its 95 % confidence interval, and as a ratio")
+        interval = " with its 95 % confidence interval," if min(runs) >= INTERVAL_RUNS_MIN else ""
+        say(console, f"means over {seeds} seeds; p99 TTFT{interval} and as a ratio")
 
 
 def _sweep_text(name: str, found: Estimate, console: Console) -> str:
@@ -57,9 +58,9 @@ def _nan_last(value: float) -> float:
 
 
 def estimate_text(figure: Figure, estimate: Estimate) -> str:
-    """Return a mean with half the width of its interval: "183 ±12.3 ms"; one run alone has no interval."""
+    """Return a mean with half the width of its interval: "183 ±12.3 ms"; a few runs have no interval."""
     text = figure_text(figure, estimate.mean)
-    if estimate.runs < 2:
+    if not estimate.has_interval:
         return text
     half = figure_text(figure, estimate.high - estimate.mean)
     unit = half.partition(" ")[2]

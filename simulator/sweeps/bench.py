@@ -169,8 +169,10 @@ def _draw(rows: Sequence[SweepRow], prefix: Path) -> None:
         loads.setdefault(row.scenario, set()).add(row.load)
     lines = [row for row in rows if len(loads[row.scenario]) > 1]  # a line needs two points
     try:
-        plot_sweep(lines or rows, by_load)
         plot_pareto(rows, pareto)
+        if lines:
+            plot_sweep(lines, by_load)
     except PlotError as error:
         raise InputError([f"--plot: {error}"]) from None
-    click.echo(f"wrote {by_load} and {pareto}", err=True)
+    why = f"{by_load}" if lines else f"not {by_load.name}, since each scenario has one load"
+    click.echo(f"wrote {pareto}, {why}", err=True)

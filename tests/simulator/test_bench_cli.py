@@ -47,6 +47,17 @@ def test_a_table_for_people_and_files_for_programs(
     assert (tmp_path / "p-pareto.png").stat().st_size > 1000
 
 
+def test_there_is_no_picture_against_one_load(
+    bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.write_text(bench.read_text(encoding="utf-8").replace("[0.3, 0.6]", "[0.3]"), encoding="utf-8")
+    assert run(bench, "--workers", "1", "--plot", tmp_path / "p") == 0
+    assert capsys.readouterr().err == (
+        f"wrote {tmp_path / 'p-pareto.png'}, not p-load.png, since each scenario has one load\n"
+    )
+    assert not (tmp_path / "p-load.png").exists()
+
+
 def test_the_same_bytes_with_other_workers_and_from_results(
     bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

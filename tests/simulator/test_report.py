@@ -136,7 +136,7 @@ def test_a_wide_terminal_shows_health_over_time() -> None:
 
 
 def test_a_pipe_that_knows_only_ascii_can_be_written_to() -> None:
-    rows = [sweep_row("s", "p", 0.3, [flat(summarise(big(300, seed=seed))) for seed in (1, 2)])]
+    rows = [sweep_row("s", "p", 0.3, [flat(summarise(big(300, seed=seed))) for seed in (1, 2, 3)])]
     text = printed(lambda console: print_run(verdict(), console), 120, "ascii")
     text += printed(lambda console: print_sweep(rows, console), 120, "ascii")
     assert " +-" in text
@@ -258,8 +258,9 @@ def test_the_same_run_gives_the_same_bytes_whatever_the_hash_seed() -> None:
 
 
 def sweep() -> list[SweepRow]:
-    cells = {("oracle", 0.3): (100.0, 100.0), ("ours", 0.3): (110.0, 130.0), ("random", 0.3): (500.0, 700.0),
-             ("ours", 0.85): (900.0, 1100.0)}  # fmt: skip
+    cells = {("oracle", 0.3): (100.0,) * 3, ("ours", 0.3): (110.0, 120.0, 130.0),
+             ("random", 0.3): (500.0, 600.0, 700.0),
+             ("ours", 0.85): (900.0, 1000.0, 1100.0)}  # fmt: skip
     return [
         sweep_row("bad", policy, load, [{"ttft_p99_ms": value, "completed": 1.0, "requests": 9} for value in values])
         for (policy, load), values in cells.items()
@@ -275,8 +276,16 @@ def test_a_sweep_ranks_policies_at_each_load() -> None:
     assert rows[3][2:6] == ["100", "±0.00", "ms", "-"]
     assert rows[6] == ["bad", "at", "85%", "load"]
     assert rows[-2][-1] == "-"
-    assert text.endswith("means over 2 seeds; p99 TTFT with its 95 % confidence interval, and as a ratio\n")
+    assert text.endswith("means over 3 seeds; p99 TTFT with its 95 % confidence interval, and as a ratio\n")
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_two_seeds_have_no_interval() -> None:
+    rows = [sweep_row("bad", "ours", 0.3, [{"ttft_p99_ms": value, "requests": 9} for value in (100.0, 200.0)])]
+    text = printed(lambda console: print_sweep(rows, console))
+    assert "150 ms" in text
+    assert "±" not in text
+    assert text.endswith("means over 2 seeds; p99 TTFT and as a ratio\n")
 
 
 def test_an_interval_is_told_with_its_mean() -> None:
@@ -284,13 +293,14 @@ def test_an_interval_is_told_with_its_mean() -> None:
     assert estimate_text(figure, Estimate(183, 171, 195, 5)) == "183 ±12.0 ms"
     assert estimate_text(figure, Estimate(12_300, 11_300, 13_300, 5)) == "12.3 s ±1,000 ms"
     assert estimate_text(figure, Estimate(183, 183, 183, 1)) == "183 ms"
+    assert estimate_text(figure, Estimate(183, 183, 183, 2)) == "183 ms"
     assert estimate_text(FIGURES["amplification"], Estimate(1.1, 1.0, 1.2, 5)) == "1.10 ±0.10"
 
 
 def test_a_sweep_as_csv() -> None:
     lines = sweep_csv(sweep(), ["ttft_p99_ms", "e2e_p99_ms"]).splitlines()
     assert lines[0].startswith("scenario,policy,load,seeds,ttft_p99_ms,ttft_p99_ms_low,ttft_p99_ms_high,e2e_p99_ms,")
-    assert lines[1] == "bad,oracle,0.3,2,100.0,100.0,100.0,,,"
+    assert lines[1] == "bad,oracle,0.3,3,100.0,100.0,100.0,,,"
     assert len(lines) == 5
     assert "completed" in sweep_csv(sweep())
 
@@ -299,7 +309,7 @@ def test_a_sweep_as_json() -> None:
     cells = json.loads(sweep_json(sweep()))["cells"]
     assert (cells[1]["policy"], cells[1]["load"]) == ("ours", 0.3)
     assert cells[1]["figures"]["ttft_p99_ms"]["mean"] == 120.0
-    assert cells[1]["figures"]["ttft_p99_ms"]["seeds"] == 2
+    assert cells[1]["figures"]["ttft_p99_ms"]["seeds"] == 3
 
 
 # --- stories ---------------------------------------------------------------------------------------------------

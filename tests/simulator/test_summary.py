@@ -220,7 +220,8 @@ def test_an_estimate_has_its_confidence_interval() -> None:
     found = estimate([9.0, 10.0, 11.0, NAN])
     half = 4.303 * 1.0 / math.sqrt(3)
     assert (found.mean, found.low, found.high, found.runs) == pytest.approx((10.0, 10 - half, 10 + half, 3))
-    assert estimate([0.0, 1.0]).low == 0.0
+    assert estimate([0.0, 0.0, 1.0]).low == 0.0
+    assert estimate([0.0, 1.0]) == Estimate(0.5, 0.5, 0.5, 2)
     assert estimate([NAN]).runs == 0
 
 
