@@ -58,10 +58,10 @@ class Attempts:
         """Return how long a connected attempt may take to its first token, or to its whole answer."""
         timeouts = self._config.timeouts
         request = attempt.request
-        if request.kind is _LOAD or (attempt.cold and request.stream):
+        if request.stream and request.kind is not _LOAD:
+            return timeouts.first_token_cold_ns if attempt.cold else timeouts.first_token_warm_ns
+        if request.kind is _LOAD:
             return timeouts.first_token_cold_ns
-        if request.stream:
-            return timeouts.first_token_warm_ns
         return timeouts.answer_ns + (timeouts.first_token_cold_ns if attempt.cold else 0)
 
     def on_head(self, event: events.HeadReceived, now_ns: int) -> None:

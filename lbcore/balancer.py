@@ -42,6 +42,8 @@ class LoadBalancer:
     ) -> None:
         self.config = config
         self.timers = Timers()
+        self.next_deadline = self.timers.next_deadline
+        """`next_deadline()` tells when `handle_timeout` is due next, ns, or None; called after each event."""
         self._out: list[Command] = []
         self.fleet = Fleet(config, self.timers, self._out)
         self.ledger = Ledger(config, self.fleet, self.timers, self._out)
@@ -85,9 +87,10 @@ class LoadBalancer:
         Total: an event about something that is over, or that does not fit its state, changes nothing. Raises
         UnknownEventError for an object that is not an event.
         """
-        handler = self._handlers.get(type(event))
-        if handler is None:
-            raise UnknownEventError(event)
+        try:
+            handler = self._handlers[type(event)]
+        except KeyError:
+            raise UnknownEventError(event) from None
         handler(event, now_ns)
         if self.ledger.room_made:
             self._use_room(now_ns)
@@ -107,10 +110,6 @@ class LoadBalancer:
         commands = self._out[:]
         self._out.clear()
         return commands
-
-    def next_deadline(self) -> int | None:
-        """Return when `handle_timeout` is due next, ns."""
-        return self.timers.next_deadline()
 
     def note_chunk(self, attempt_id: int, n_bytes: int, n_tokens: int, now_ns: int) -> None:
         """Count a piece of an answer (hot path: no event, no allocation)."""
@@ -132,7 +131,7 @@ class LoadBalancer:
         self.ledger.room_made = False
         if self._requests.stuck:
             self._requests.rescue_stuck(now_ns)
-        if len(self.ledger.queue):
+        if self.ledger.queue.waiting:
             self._requests.serve_queue(now_ns)
 
     # --- servers ---------------------------------------------------------------------------------------------

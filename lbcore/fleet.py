@@ -149,6 +149,8 @@ class Fleet:
     def succeed(self, server: Server, now_ns: int, why: str, *, fastest: bool = False) -> None:
         """Raise a server's health."""
         server.deaths = 0
+        if server.health >= self._config.health.value_max and server.state is _HEALTHY:
+            return  # as mostly
         self._set_health(server, after_success(server.health, self._config.health, fastest=fastest), now_ns, why)
 
     def fail(self, server: Server, failure: Failure, now_ns: int) -> None:

@@ -43,9 +43,10 @@ class Placement:
         """Return who gets the request at once: the primary, then its racers."""
         ordered = self.order(candidates, request, now_ns)
         primary = ordered[0]
-        if request.kind is not _GENERATE or request.route.strategy not in _MANY:
+        route = request.route
+        if request.kind is not _GENERATE or route.strategy not in _MANY:
             return [primary]
-        extra = self._racers(request, ordered, now_ns)
+        extra = self._racers(request, ordered, now_ns) if route.racers_max > 1 else []
         if not extra and primary.doubted:
             extra = _companion(request, ordered)
         return [primary, *extra]
@@ -58,8 +59,6 @@ class Placement:
         """
         route, budget = request.route, self.race_budget
         n_min, n_max = route.racers_min, route.racers_max - 1
-        if n_max < 1:
-            return []
         extra = list(ordered[1:n_min]) if n_min > 1 else []
         if self._resurrect_rng.random() < self._resurrect and len(extra) < n_max:
             extra += self._outcast(request, [ordered[0], *extra])
@@ -155,7 +154,8 @@ def is_in_doubt(server: Server) -> bool:
 def _is_trusted_and_ready(server: Server, request: Request, now_ns: int) -> bool:
     if server.doubted or (server.reliability is not _RELIABLE and selection.is_passed_over(server, now_ns)):
         return False
-    return selection.is_ready(server, request)
+    record = server.models.get(request.model or "")  # `selection.is_ready`: racers are for what generates
+    return record is not None and record.in_flight < server.slots and record.is_warm(request.runner_key)
 
 
 def _companion(request: Request, ordered: Sequence[Server]) -> list[Server]:

@@ -238,15 +238,22 @@ class Attempt:
         "timer_ns",
     )
 
-    def __init__(self, attempt_id: int, request: Request, server: Server, kind: AttemptKind, now_ns: int) -> None:
+    def __init__(
+        self, attempt_id: int, request: Request, server: Server, kind: AttemptKind, now_ns: int, due_ns: int = 0
+    ) -> None:
         self.id = attempt_id
         self.request = request
         self.server = server
         self.kind = kind
         self.state = _CONNECTING
-        target = server.model(request.model) if request.model and request.generates else None
-        self.target = target
-        self.cold = target is not None and not target.is_warm(request.runner_key)
+        model = request.model
+        self.target: ServerModel | None
+        if model and request.generates:
+            self.target = target = server.models.get(model) or server.model(model)
+            self.cold = not target.is_warm(request.runner_key)
+        else:
+            self.target = None
+            self.cold = False
         self.loader = False  # the one that makes Ollama load; kept by the ledger
         self.detached = False  # lost its race, but goes on until the model is loaded
         self.answered = False  # failed, but with a whole answer that could be passed on
@@ -256,8 +263,8 @@ class Attempt:
         self.started_ns = now_ns
         self.first_token_ns: int | None = None
         self.last_chunk_ns = now_ns
-        self.due_ns = 0  # when it has taken too long at its present step
-        self.timer_ns = 0  # when its timer fires, not later than that
+        self.due_ns = due_ns  # when it has taken too long at its present step
+        self.timer_ns = due_ns  # when its timer fires, not later than that
         self.n_bytes = 0
         self.n_tokens = 0
 

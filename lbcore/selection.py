@@ -11,7 +11,7 @@ on it instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import overload
 
@@ -110,11 +110,15 @@ def order(
         ranks = [0] * len(candidates)
     else:
         ranks = ranks_of(candidates, records or [s.models[model] for s in candidates], request, config, now_ns)
-    for i, server in enumerate(candidates):
-        if server.reliability is not _RELIABLE and is_passed_over(server, now_ns):
-            ranks[i] += _LAST_RANKS
-    if config.selection.policy is not _BY_HEALTH:
-        ranks = [rank * _LOADS + load_of(server) for rank, server in zip(ranks, candidates, strict=True)]
+    for i in [
+        i
+        for i, server in enumerate(candidates)
+        if server.reliability is not _RELIABLE
+        and (now_ns < server.trusted_from_ns or is_passed_over(server, now_ns))  # a call less
+    ]:
+        ranks[i] += _LAST_RANKS
+    if config.selection.policy is not _BY_HEALTH:  # `load_of`, without a call for each
+        ranks = [rank * _LOADS + (s.in_flight << 10) // s.slots for rank, s in zip(ranks, candidates, strict=True)]
     return Drawn(candidates, ranks, rng)
 
 
@@ -129,24 +133,17 @@ def load_of(server: Server) -> int:
 
 
 class Drawn(Sequence[Server]):
-    """Servers by rank, in random order within a rank: each next one with a probability in proportion to its weight.
+    """Servers in the order in which `_draw` yields them; mostly one or two of many are looked at and drawn."""
 
-    Mostly one or two of many are looked at, so each is drawn only then.
-    """
-
-    __slots__ = ("_candidates", "_drawn", "_group", "_rank", "_ranks", "_rng", "_weights")
+    __slots__ = ("_drawn", "_n", "_source")
 
     def __init__(self, candidates: Sequence[Server], ranks: list[int], rng: Random) -> None:
-        self._candidates = candidates
-        self._ranks = ranks
-        self._rng = rng
+        self._n = len(candidates)
         self._drawn: list[Server] = []
-        self._rank = -1
-        self._group: list[Server] = []  # what is left of the rank that is being drawn
-        self._weights: list[float] = []
+        self._source = _draw(candidates, ranks, rng)
 
     def __len__(self) -> int:
-        return len(self._candidates)
+        return self._n
 
     @overload
     def __getitem__(self, index: int) -> Server: ...
@@ -154,29 +151,33 @@ class Drawn(Sequence[Server]):
     def __getitem__(self, index: slice) -> list[Server]: ...
     def __getitem__(self, index: int | slice) -> Server | list[Server]:
         drawn = self._drawn
-        n = len(self._candidates)
-        last = n - 1 if isinstance(index, slice) or index < 0 or index >= n else index
-        while len(drawn) <= last:
-            drawn.append(self._draw())
+        if index == len(drawn) < self._n:  # mostly the next one is asked for
+            drawn.append(server := next(self._source))
+            return server
+        if isinstance(index, slice) or not 0 <= index < len(drawn):
+            drawn.extend(self._source)
         return drawn[index]
 
-    def _draw(self) -> Server:
-        group, weights = self._group, self._weights
-        if not group:
-            ranks = self._ranks
-            self._rank = rank = min(ranks if self._rank < 0 else [rank for rank in ranks if rank > self._rank])
-            self._group = group = [self._candidates[i] for i, its_rank in enumerate(ranks) if its_rank == rank]
-            self._weights = weights = [weight_of(s) for s in group] if len(group) > 1 else []
-        if len(group) == 1:
-            return group.pop()
-        left = self._rng.random() * sum(weights)
-        i = 0
-        for i, weight in enumerate(weights):  # noqa: B007, the index at the break is what is sought
-            left -= weight
-            if left < 0.0:
-                break
-        del weights[i]
-        return group.pop(i)
+
+def _draw(candidates: Sequence[Server], ranks: list[int], rng: Random) -> Iterator[Server]:
+    """Yield servers by rank; within a rank in random order, each next one in proportion to its weight."""
+    rest = ranks
+    while rest:
+        rank = min(rest)
+        group = [server for server, its_rank in zip(candidates, ranks, strict=True) if its_rank == rank]
+        if len(group) > 1:  # `weight_of`, without a call for each
+            weights = [(s.health or _WEIGHT_MIN) / (1 + s.in_flight) for s in group]
+        while len(group) > 1:
+            left = rng.random() * sum(weights)
+            i = 0
+            for i, weight in enumerate(weights):  # noqa: B007, the index at the break is what is sought
+                left -= weight
+                if left < 0.0:
+                    break
+            del weights[i]
+            yield group.pop(i)
+        yield group[0]
+        rest = [its_rank for its_rank in ranks if its_rank > rank]
 
 
 def ranks_of(
@@ -187,12 +188,16 @@ def ranks_of(
     settings = config.selection
     if settings.policy is _BY_HEALTH:
         return [0 if record.is_warm(runner_key) else 1 for record in records]
-    known = [record.known_ns for record in records]
-    best_ns = min(known) or min(filter(None, known), default=TTFT_UNKNOWN_NS)
-    expected: list[float] = [known_ns or best_ns for known_ns in known]
+    expected: list[float] = [record.known_ns for record in records]
+    best_ns = min(expected)
+    if not best_ns:
+        best_ns = min(filter(None, expected), default=TTFT_UNKNOWN_NS)
+        expected = [known_ns or best_ns for known_ns in expected]
     twice_ns = 2 * best_ns  # below, the rank is the same whatever has faded
-    for i in [i for i, known_ns in enumerate(known) if known_ns >= twice_ns]:
-        expected[i] = faded_ns(records[i], best_ns, now_ns, settings.forget_ns)
+    if max(expected) >= twice_ns:
+        for i, known_ns in enumerate(expected):
+            if known_ns >= twice_ns:
+                expected[i] = faded_ns(records[i], best_ns, now_ns, settings.forget_ns)
     for i in [
         i
         for i, record in enumerate(records)
