@@ -10,7 +10,7 @@ from lbcore.fleet import Fleet
 from lbcore.health import BLAME, SETS_BACK, UNDONE, Blame, failing_ns
 from lbcore.ledger import Ledger
 from lbcore.ollama import RequestKind
-from lbcore.records import Attempt, Failure, Request, Server, smooth
+from lbcore.records import Attempt, Failure, Request, Server, ServerModel, smooth
 from lbcore.requests import Requests
 from lbcore.schema import SECOND_NS
 from lbcore.states import AttemptInput, AttemptState, Reliability, ReliabilityInput, RequestInput, RequestState
@@ -111,20 +111,17 @@ class Attempts:
 
         That is whoever came first of those that wait for a model it has not loaded, or has with other options.
         """
-        waiting = [a for a in self._ledger.attempts.values() if a.server is server and a.loads]
-        with_loader = [
-            a.target for a in waiting if a.loader and a.target and not a.target.is_warm(a.request.runner_key)
-        ]
-        for attempt in waiting:
+        seen: list[ServerModel] = []
+        for attempt in [a for a in self._ledger.attempts.values() if a.server is server and a.loads]:
             target = attempt.target
             if target is None:
                 continue
             if target.is_warm(attempt.request.runner_key):
                 if attempt.detached and target.active is not None:
                     self._ledger.cancel(attempt, Reason.LOST_RACE, "its model is loaded now", now_ns)
-            elif not any(known is target for known in with_loader):
-                attempt.loader = True
-                with_loader.append(target)
+            elif not any(known is target for known in seen):
+                attempt.loader = True  # beside one that was to load next while this one waited for a slot
+                seen.append(target)
 
     def on_measure_timer(self, request_id: int, now_ns: int) -> None:
         """The window in which tokens are counted is over."""

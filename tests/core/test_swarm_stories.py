@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import pytest
+
 from lbcore import events
 from lbcore.commands import AttemptKind, CommitAttempt
 from lbcore.events import Reason
 from tests.core.test_stories_review import killed
-from tests.playbook import Playbook, RaceSettings, fleet, loaded, lost, models
+from tests.playbook import A, Playbook, RaceSettings, fleet, loaded, lost, models
 
 LONELY = RaceSettings(racers_max=1, hedges_max=0)
 PAIR = RaceSettings(racers_min=2, hedges_max=0)
 LARGE = '{"num_ctx":8192}'
+
+
+def pair(book: Playbook, request_id: int, runner_key: str = "") -> tuple[A, A]:
+    """Let a and b race, and return the attempts on a and on b."""
+    first, second = book.race(request_id, runner_key=runner_key)
+    return (first, second) if first.server == "a" else (second, first)
 
 
 def waits_for_a_load_with_other_options() -> tuple[Playbook, int]:
@@ -55,11 +63,27 @@ def test_who_wants_other_options_makes_ollama_load_though_who_loaded_before_stil
     book, waiting = waits_for_a_load_with_other_options()
     model = book.model("b")
     model.loaded, model.runner_key = True, LARGE  # loaded meanwhile, but no slot was free for it
-    first, second = book.race(3)
-    on_b, on_a = (first, second) if first.server == "b" else (second, first)
+    on_a, on_b = pair(book, 3)
     book.token(on_a).skip()
     assert book.balancer.ledger.attempts[on_b.id].detached
     assert waiting in book.balancer.ledger.attempts
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_who_came_first_makes_ollama_load_anew_what_was_evicted_though_another_was_to_load_next(*, early: bool) -> None:
+    book = fleet("a b", active="m", race=PAIR)
+    book.model("b").loaded = False
+    _, loader = pair(book, 1)
+    on_a, waits_for_a_slot = pair(book, 2)
+    if early:
+        pair(book, 3, LARGE)
+    book.token(loader).skip()
+    if not early:
+        pair(book, 3, LARGE)
+    book.ends(loader)  # what b will load next is what the third one wants
+    book.sync("b", active="").skip()  # but it has loaded another model since, and dropped this one
+    book.token(on_a).skip()
+    assert book.balancer.ledger.attempts[waits_for_a_slot.id].detached
 
 
 def test_a_retry_that_went_to_a_dead_server_is_taken_back_by_the_first_that_revives() -> None:
