@@ -32,6 +32,9 @@ _canonical = lru_cache(_NAMES_MAX)(canonical_model)  # clients name few models, 
 SYNC_FRESH_NS = SECOND_NS
 """A model nobody is known to have is asked for anew unless the servers were read this recently."""
 
+HEDGE_AGAIN_MAX_NS = SECOND_NS
+"""Where there was nobody to hedge to, that is looked at anew this often, or after each hedge delay if it is longer."""
+
 SERVER_BUSY = "server busy, please try again.  maximum pending requests exceeded"
 """Ollama's own words (capture: chat_server_busy)."""
 
@@ -184,12 +187,21 @@ class Requests:
         if request is None or request.state is not RequestState.RACING or request.hedges_left <= 0:
             return
         if any(attempt.first_token_ns is not None for attempt in request.live_attempts):
-            self._timers.arm(_HEDGE_TIMER, request.id, now_ns + max(request.hedge_delay_ns, MS_NS))
+            self._look_again(request, now_ns)
             return  # there is an answer to wait for, as long as it does not fail
         if self._hedge(request, f"no answer within {request.hedge_delay_ns // MS_NS} ms", now_ns):
             request.hedges_left -= 1
         if request.hedges_left:
-            self._timers.arm(_HEDGE_TIMER, request.id, now_ns + max(request.hedge_delay_ns, MS_NS))
+            self._look_again(request, now_ns)
+
+    def _look_again(self, request: Request, now_ns: int) -> None:
+        """Arm the hedge timer anew: after the delay, or after as long again as nobody was asked, up to a second.
+
+        So a delay of a few ms does not make it fire hundreds of times while there is nobody to ask.
+        """
+        waited_ns = now_ns - request.attempts[-1].started_ns
+        pause_ns = max(request.hedge_delay_ns, MS_NS, min(waited_ns, HEDGE_AGAIN_MAX_NS))
+        self._timers.arm(_HEDGE_TIMER, request.id, now_ns + pause_ns)
 
     def _hedge(self, request: Request, why: str, now_ns: int) -> bool:
         server = self._placement.hedge(request, now_ns)

@@ -15,6 +15,7 @@ from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.selection import is_passed_over
 from lbcore.timers import TimerKind, Timers
 from tests.playbook import (
+    A,
     HealthSettings,
     Playbook,
     QueueSettings,
@@ -47,6 +48,34 @@ def test_a_hedge_delay_of_zero_does_not_hang_the_balancer(monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(Timers, "arm", counted)
         book.timeout()
+
+
+def waits_for_somebody_to_hedge_to() -> tuple[Playbook, A]:
+    """Let two requests wait for a, and the only slot of b be taken; the second one may be hedged to b after 4 ms."""
+    race = RaceSettings(racers_max=1, hedge_delay_min_ns=0, hedge_delay_initial_ns=4 * MS_NS)
+    book = fleet("a b", a={"slots": 2}, factor=1000, race=race)
+    one = book.alone(1, "a")
+    book.after(4)
+    hedge = book.started(1, AttemptKind.HEDGE, "b")
+    book.head(one, hedge, book.alone(2, "a"))
+    return book, hedge
+
+
+def test_the_hedge_timer_does_not_fire_hundreds_of_times_while_there_is_nobody_to_ask() -> None:
+    book, _ = waits_for_somebody_to_hedge_to()
+    fired = 0
+    while book.balancer.next_deadline() is not None and book.now_ns < 9 * SECOND_NS:
+        book.timeout()
+        fired += 1
+    assert fired < 20
+
+
+@pytest.mark.parametrize(("free_ms", "hedged_ms"), [(3, 4), (5, 8), (30, 32), (3000, 3024)])
+def test_who_can_be_asked_later_is_asked_after_as_long_again_at_most(free_ms: int, hedged_ms: int) -> None:
+    book, hedge = waits_for_somebody_to_hedge_to()
+    book.after(free_ms)  # so long has the first one the slot; from 1 s on, it is looked at every second
+    book.failed(hedge, Reason.EXHAUSTED, 503).after(hedged_ms - free_ms)
+    book.started(2, AttemptKind.HEDGE, "b")
 
 
 def test_no_hedge_is_started_once_a_first_token_has_come() -> None:
