@@ -98,7 +98,8 @@ def new_table(title: str, *columns: str, left: Sequence[str] = ()) -> Table:
     for index, column in enumerate(columns):
         words = index == 0 or column in left
         justify: Literal["left", "right"] = "left" if words else "right"
-        table.add_column(column, justify=justify, no_wrap=index == 0 or not words, overflow="fold")
+        whole = index == 0 or not words
+        table.add_column(column, justify=justify, no_wrap=whole, overflow="fold", min_width=len(column))
     return table
 
 

@@ -119,6 +119,8 @@ def test_names_are_not_folded(width: int) -> None:
     summary = dataclasses.replace(summarise(big(50)), scenario=name)
     text = printed(lambda console: print_scenarios([[Verdict(summary)]], console), width)
     assert any(line.startswith(f"{name}  ") for line in text.splitlines())
+    assert text.startswith("scenario ")
+    assert " verdict " in text.splitlines()[0]
 
 
 def test_tables_begin_at_the_left_and_have_no_column_without_a_cell() -> None:
