@@ -17,7 +17,7 @@ RETRY_BURST = 10.0
 class AdmissionQueue:
     """Requests waiting for room, first come first served for each model."""
 
-    __slots__ = ("waiting", "length_max")
+    __slots__ = ("length_max", "waiting")
 
     def __init__(self, length_max: int) -> None:
         self.waiting: dict[int, Request] = {}
