@@ -39,6 +39,7 @@ class Original(LoadBalancer):
     def __init__(self, config: Config, rng: Random) -> None:
         self.config = config
         self.timers = Timers()
+        self.next_deadline = self.timers.next_deadline
         self._out: list[cmd.Command] = []
         self._syncing = OriginalFleet(config, self.timers, self._out)
         self.fleet = self._syncing
