@@ -7,7 +7,7 @@ from lbcore.commands import AbortRequest, CancelAttempt, Command, CommitAttempt,
 from lbcore.config import Config, Winner
 from lbcore.events import Reason
 from lbcore.fleet import Fleet
-from lbcore.health import BLAME, SETS_BACK, UNDONE, Blame, failing_ns
+from lbcore.health import BLAME, SETS_BACK, TIMEOUTS, UNDONE, Blame, failing_ns
 from lbcore.ledger import Ledger
 from lbcore.ollama import RequestKind
 from lbcore.records import Attempt, Failure, Request, Server, ServerModel, smooth
@@ -33,6 +33,13 @@ def _is_refused(request: Request) -> bool:
     """Tell whether a server has said that the request is wrong: that is final."""
     answered = request.last_answered
     return answered is not None and answered.failure is not None and answered.failure.reason is Reason.CLIENT_ERROR
+
+
+def _blame_of(request: Request, reason: Reason) -> Blame:
+    """Return what a failure does to its server: a pull that stands still, or tells of an error, is the registry's."""
+    if request.kind is _MANAGE and (reason is Reason.ERROR_LINE or reason in TIMEOUTS - {Reason.CONNECT_TIMEOUT}):
+        return Blame.NONE
+    return BLAME[reason]
 
 
 class Attempts:
@@ -64,6 +71,11 @@ class Attempts:
             return timeouts.first_token_cold_ns
         return timeouts.answer_ns + (timeouts.first_token_cold_ns if attempt.cold else 0)
 
+    def _silence_ns(self, request: Request) -> int:
+        """Return how long a stream may be silent: a server that checks a pulled model is, for minutes."""
+        timeouts = self._config.timeouts
+        return timeouts.answer_ns if request.kind is _MANAGE else timeouts.silence_ns
+
     def on_head(self, event: events.HeadReceived, now_ns: int) -> None:
         """A good head came; nothing is decided by it."""
         attempt = self._ledger.advance(event.attempt_id, _HEAD)
@@ -81,7 +93,7 @@ class Attempts:
             return
         request = attempt.request
         if request.stream:
-            self._ledger.expect_by(attempt, now_ns + self._config.timeouts.silence_ns)
+            self._ledger.expect_by(attempt, now_ns + self._silence_ns(request))
         if request.rule is _MOST_TOKENS:
             self._open_window(request, self._config.race.measure_ns, now_ns)
         elif attempt.server.reliability is _UNRELIABLE:
@@ -131,7 +143,7 @@ class Attempts:
 
     def _settle(self, request: Request, now_ns: int, *, window_over: bool = False) -> None:
         """Commit the winner, if there is one by now."""
-        if request.state is not _RACING or request.kind is _UNLOAD:
+        if request.state is not _RACING or request.kind is _UNLOAD or request.merged:
             return
         winner = race.winner_now(request, window_over=window_over)
         if winner is not None:
@@ -181,6 +193,9 @@ class Attempts:
             return
         if request.kind is _UNLOAD:
             self._settle_unload(request, now_ns)
+            return
+        if request.merged:
+            self._requests.settle_merge(request, now_ns)
             return
         if request.committed is None:
             self._settle(request, now_ns)
@@ -242,7 +257,7 @@ class Attempts:
             reason = Reason.FIRST_TOKEN_TIMEOUT if attempt.request.stream else Reason.ANSWER_TIMEOUT
             limit_ns = self._patience_ns(attempt)
         else:
-            reason, limit_ns = Reason.SILENCE_TIMEOUT, timeouts.silence_ns
+            reason, limit_ns = Reason.SILENCE_TIMEOUT, self._silence_ns(attempt.request)
             heard_ns = now_ns if attempt.paused else attempt.last_chunk_ns
             attempt.due_ns = heard_ns + limit_ns
             if not self._ledger.is_due(attempt, now_ns):
@@ -280,7 +295,7 @@ class Attempts:
         if failure.reason in SETS_BACK and attempt.target is not None:
             attempt.target.failures += 1
             attempt.target.failing_until_ns = now_ns + failing_ns(attempt.target.failures)
-        blame = BLAME[failure.reason]
+        blame = _blame_of(request, failure.reason)
         if blame is Blame.CONTRAST and not attempt.detached:
             request.suspects.append((server, failure))
         elif blame is Blame.AT_ONCE:
@@ -297,7 +312,9 @@ class Attempts:
     def _break_stream(self, attempt: Attempt, failure: Failure, now_ns: int) -> None:
         """End a committed stream that broke; a RESUME attempt elsewhere would be started here."""
         request, server = attempt.request, attempt.server
-        self._fleet.note_reliability(server, ReliabilityInput.BROKE, now_ns, str(failure))
+        is_to_blame = _blame_of(request, failure.reason) is not Blame.NONE
+        if is_to_blame:
+            self._fleet.note_reliability(server, ReliabilityInput.BROKE, now_ns, str(failure))
         self._out.append(AbortRequest(request.id, f"the stream broke: {failure}"))
         self._ledger.end(
             request,
@@ -307,13 +324,17 @@ class Attempts:
             now_ns,
             server=server.name,
         )
-        self._fail_server(server, failure, now_ns)
-        self._requests.rescue_from(server, now_ns)
+        if is_to_blame:
+            self._fail_server(server, failure, now_ns)
+            self._requests.rescue_from(server, now_ns)
 
     def _after_failure(self, request: Request, reason: Reason, now_ns: int) -> None:
         """Go on after an attempt failed before the commit: wait for the others, ask the next server, or give up."""
         if request.kind is _UNLOAD:
             self._settle_unload(request, now_ns)
+            return
+        if request.merged:
+            self._requests.settle_merge(request, now_ns)
             return
         if request.live_attempts:
             self._settle(request, now_ns)

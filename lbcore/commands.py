@@ -51,6 +51,21 @@ class PassAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class StartMerge:
+    """The attempts that follow are all wanted: the client gets one answer made of theirs."""
+
+    request_id: int
+    server_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EndMerge:
+    """All attempts of a merged answer have ended, well or not; the request is over."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class RejectRequest:
     """Answer with an error of our own; nothing was sent to the client yet. `retry_after_s` 0: no such header."""
 
@@ -138,6 +153,8 @@ Command = (
     | CancelAttempt
     | CommitAttempt
     | PassAnswer
+    | StartMerge
+    | EndMerge
     | RejectRequest
     | AbortRequest
     | StartProbe

@@ -12,6 +12,10 @@ def _ms(d: RecordDecision) -> str:
     return f"{d.took_ns / MS_NS:.0f} ms"
 
 
+def _by(d: RecordDecision) -> str:
+    return f" by {d.server}" if d.server else ""
+
+
 _WORDS: Mapping[Decision, Callable[[RecordDecision], str]] = {
     Decision.QUEUED: lambda d: f"waits: {d.why}",
     Decision.STARTED: lambda d: f"-> {' + '.join(d.names)} ({d.why})",
@@ -20,7 +24,7 @@ _WORDS: Mapping[Decision, Callable[[RecordDecision], str]] = {
     Decision.COMMITTED: lambda d: f"{d.server} won after {_ms(d)} ({d.why})",
     Decision.CANCELLED: lambda d: f"{d.server} cancelled after {_ms(d)}: {d.why}",
     Decision.ATTEMPT_FAILED: lambda d: f"{d.why} (after {_ms(d)})",
-    Decision.FINISHED: lambda d: f"done in {_ms(d)} by {d.server}{': ' if d.why else ''}{d.why}",
+    Decision.FINISHED: lambda d: f"done in {_ms(d)}{_by(d)}{': ' if d.why else ''}{d.why}",
     Decision.REJECTED: lambda d: f"refused with {d.why}",
     Decision.FAILED: lambda d: f"failed after {_ms(d)}: {d.why}",
     Decision.ABORTED: lambda d: f"ended after {_ms(d)}: {d.why}",

@@ -41,7 +41,10 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
-    """A request was read whole. `model` is as the client wrote it, None when the body names none."""
+    """A request was read whole. `model` is as the client wrote it, None when the body names none.
+
+    `servers` are the names of those that the client wants to be asked, and no other; () when it leaves that to us.
+    """
 
     request_id: int
     route: str
@@ -50,6 +53,7 @@ class RequestArrived:
     stream: bool = False
     generates: bool = False
     runner_key: str = ""
+    servers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,8 @@ _HEALTHY = ServerState.HEALTHY
 _HEALTH = Decision.HEALTH
 
 
-def _why_not(server: Server) -> str:
+def why_not(server: Server) -> str:
+    """Return what keeps a server from being asked."""
     return "it is being removed" if server.state is ServerState.DRAINING else server.last_error or "not probed yet"
 
 
@@ -110,7 +111,7 @@ class Fleet:
         """Return the error for a request when no server is alive: what was last heard of each."""
         if not self.servers:
             return "no server is configured"
-        return "no server is reachable: " + "; ".join(f"{server.name}: {_why_not(server)}" for server in self)
+        return "no server is reachable: " + "; ".join(f"{server.name}: {why_not(server)}" for server in self)
 
     # --- coming and going ----------------------------------------------------------------------------------
 
@@ -306,6 +307,7 @@ class Fleet:
 
         `changed`: something on it has changed, which a probe under way may have missed; then another one follows.
         """
+        server.outdated = server.outdated or changed
         if server.probe_id:
             server.probe_again = server.probe_again or changed
         elif server.state is not ServerState.DRAINING:
@@ -379,6 +381,7 @@ class Fleet:
         if first:
             known = f"{counted(len(event.available), 'model')}, {len(event.active)} loaded"
             self._record(Decision.SYNCED, server, known)
+        server.outdated = server.probe_again
         if server.probe_again:
             server.probe_again = False
             self.probe_now(server, now_ns)

@@ -223,6 +223,7 @@ class Auditor:
         self._seen: set[int] = set()  # requests
         self._under_way: set[int] = set()  # requests, after the last step
         self._committed: dict[int, int] = {}  # attempt by request
+        self._merged: set[int] = set()  # requests whose answer is made of several
         self._told: set[int] = set()  # requests whose client got its last command
         self._ended: dict[int, Decision] = {}
         self._gone: set[int] = set()  # servers
@@ -266,13 +267,16 @@ class Auditor:
             case cmd.CommitAttempt(request_id, attempt_id):
                 problem = self._on_answer(request_id, committed=False)
                 self._committed[request_id] = attempt_id
-                return problem
-            case cmd.PassAnswer(request_id) | cmd.RejectRequest(request_id):
+                return problem or ("its answer is merged" if request_id in self._merged else "")
+            case cmd.StartMerge(request_id):
+                self._merged.add(request_id)
+                return self._on_answer(request_id, committed=False)
+            case cmd.PassAnswer(request_id) | cmd.RejectRequest(request_id) | cmd.EndMerge(request_id):
                 problem = self._on_answer(request_id, committed=False)
                 self._told.add(request_id)
                 return problem
             case cmd.AbortRequest(request_id):
-                problem = self._on_answer(request_id, committed=True)
+                problem = self._on_answer(request_id, committed=request_id not in self._merged)
                 self._told.add(request_id)
                 return problem
             case cmd.RecordDecision():
@@ -297,7 +301,7 @@ class Auditor:
         server, request = attempt.server, attempt.request
         if server.state is ServerState.DRAINING:
             return "the server is draining"
-        model = request.model
+        model = None if request.event.servers or request.merged else request.model
         if model is not None and not server.has(model) and any(s.is_alive and s.has(model) for s in self._fleet()):
             return f"{server.name} does not have {model}, another server does"
         if (

@@ -44,6 +44,8 @@ COMMAND_CODES: Mapping[type, str] = {
     commands.CancelAttempt: "cancel",
     commands.CommitAttempt: "commit",
     commands.PassAnswer: "pass",
+    commands.StartMerge: "merge",
+    commands.EndMerge: "merged",
     commands.RejectRequest: "reject",
     commands.AbortRequest: "abort",
     commands.StartProbe: "probe",
@@ -117,7 +119,7 @@ def _arrived(event: events.RequestArrived) -> str:
     model = "null" if event.model is None else quoted(event.model)
     flags = f"{_BOOL[event.stream]},{_BOOL[event.generates]}"
     what = f"{quoted(event.route)},{model},{quoted(event.kind)},{flags},{quoted(event.runner_key)}"
-    return f'["arrived",{event.request_id},{what}]'
+    return f'["arrived",{event.request_id},{what},{dumps(event.servers) if event.servers else "[]"}]'
 
 
 _EVENT_WRITERS: Mapping[type, Callable[[Any], str]] = {
@@ -192,7 +194,7 @@ class Lines:
             return events.ServerAdded(ServerSettings(**fields[0]))
         event: Event = cls(*fields)
         if isinstance(event, events.RequestArrived):
-            return dataclasses.replace(event, kind=RequestKind(event.kind))
+            return dataclasses.replace(event, kind=RequestKind(event.kind), servers=tuple(event.servers))
         if isinstance(event, events.AttemptFailed | events.ProbeCompleted) and event.reason is not None:
             return dataclasses.replace(event, reason=Reason(event.reason))
         return event

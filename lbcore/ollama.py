@@ -56,10 +56,14 @@ class Route:
     ending: Ending = Ending.FRAMING
     streams_by_default: bool = False
     generates: bool = False  # asks a model for tokens or embeddings, so it uses one of its slots
+    changes: bool = False  # changes what a server has
+    needs_model: bool = True  # only a server that has the model named in the body can do it
 
 
 _MANY = (Strategy.RACE, Strategy.HEDGE, Strategy.SEQUENTIAL)
 _ONE = (Strategy.SEQUENTIAL,)
+_ALL = (Strategy.BROADCAST, Strategy.SEQUENTIAL)
+_PROGRESS = Ending.NDJSON_SUCCESS
 
 ROUTES: tuple[Route, ...] = (
     Route("/", ("HEAD", "GET"), Strategy.LOCAL, (Strategy.LOCAL, Strategy.SEQUENTIAL)),
@@ -88,10 +92,33 @@ ROUTES: tuple[Route, ...] = (
     Route("/api/embed", ("POST",), Strategy.SEQUENTIAL, _ONE, generates=True),
     Route("/api/embeddings", ("POST",), Strategy.SEQUENTIAL, _ONE, generates=True),
     Route("/v1/embeddings", ("POST",), Strategy.SEQUENTIAL, _ONE, Shape.OPENAI, generates=True),
+    Route(
+        "/api/pull",
+        ("POST",),
+        Strategy.BROADCAST,
+        _ALL,
+        ending=_PROGRESS,
+        streams_by_default=True,
+        changes=True,
+        needs_model=False,
+    ),
+    Route(
+        "/api/create",
+        ("POST",),
+        Strategy.BROADCAST,
+        _ALL,
+        ending=_PROGRESS,
+        streams_by_default=True,
+        changes=True,
+        needs_model=False,
+    ),
+    Route("/api/push", ("POST",), Strategy.SEQUENTIAL, _ONE, ending=_PROGRESS, streams_by_default=True, changes=True),
+    Route("/api/copy", ("POST",), Strategy.BROADCAST, _ALL, changes=True),
+    Route("/api/delete", ("DELETE",), Strategy.BROADCAST, _ALL, changes=True),
 )
 """The routes that have settings of their own; every other path is `PASS_THROUGH`."""
 
-PASS_THROUGH = Route("*", (), Strategy.SEQUENTIAL, _ONE)
+PASS_THROUGH = Route("*", (), Strategy.SEQUENTIAL, _ONE, needs_model=False)
 
 _BY_PATH: Mapping[str, Route] = {route.name: route for route in ROUTES}
 
@@ -198,7 +225,7 @@ _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 def request_kind(route: Route, method: str, *, empty: bool, keep_alive: object) -> RequestKind:
     """Return what a request wants; `empty` = a native chat or generate request with neither prompt nor messages."""
-    if route is PASS_THROUGH and method not in _READING:
+    if route.changes or (route is PASS_THROUGH and method not in _READING):
         return RequestKind.MANAGE
     if route.ending is not Ending.NDJSON_DONE or not empty:
         return RequestKind.GENERATE

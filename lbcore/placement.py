@@ -13,7 +13,7 @@ from lbcore.admission import RaceBudget
 from lbcore.config import Config, Strategy
 from lbcore.events import Reason
 from lbcore.fleet import Fleet
-from lbcore.ollama import RequestKind
+from lbcore.ollama import RequestKind, find_route
 from lbcore.records import Request, Server
 from lbcore.states import Reliability, ServerState
 
@@ -38,6 +38,23 @@ class Placement:
         holders = self._fleet.pool(request.model)
         records = holders.records if candidates is holders.servers else None
         return selection.order(candidates, request, self._config, self._rng, now_ns, records)
+
+    def holders(self, request: Request) -> list[Server]:
+        """Return the live servers that have what the request needs; those that the client named, whatever they have."""
+        names = request.event.servers
+        if not names:
+            return self._fleet.holders(request.model)
+        named = [server for server in self._fleet.holders(None) if server.name in names]
+        if request.model is not None:
+            for server in named:
+                server.model(request.model)
+        return named
+
+    def concerned(self, request: Request) -> list[Server]:
+        """Return all live servers that a broadcast goes to."""
+        if request.event.servers or find_route(request.event.route).needs_model:
+            return self.holders(request)
+        return self._fleet.holders(None)
 
     def first(self, request: Request, candidates: Sequence[Server], now_ns: int) -> list[Server]:
         """Return who gets the request at once: the primary, then its racers."""
@@ -73,6 +90,8 @@ class Placement:
 
     def _outcast(self, request: Request, chosen: Sequence[Server]) -> list[Server]:
         """Return a server that is dead or doubted, to find out whether it still is; it takes one racer's place."""
+        if request.event.servers:
+            return []
         outcasts = [
             s
             for s in self._fleet
@@ -105,7 +124,7 @@ class Placement:
         unreliable.
         """
         candidates = [
-            s for s in selection.eligible(self._fleet.holders(request.model), request) if selection.has_room(s, request)
+            s for s in selection.eligible(self.holders(request), request) if selection.has_room(s, request)
         ]
         hopeless = all(is_in_doubt(attempt.server) for attempt in request.live_attempts)
         ready = [s for s in candidates if selection.is_ready(s, request) and not selection.is_passed_over(s, now_ns)]
@@ -116,12 +135,13 @@ class Placement:
 
     def next_after_failure(self, request: Request, now_ns: int) -> Server | None:
         """Return the next server that could answer, a full one or a dead one if there is no better."""
-        candidates = selection.eligible(self._fleet.holders(request.model), request)
+        holders = self.holders(request)
+        candidates = selection.eligible(holders, request)
         usable = selection.with_room(candidates, request) or candidates or self.dead(request)
         if usable:
             return self.order(usable, request, now_ns)[0]
         lacks = request.failures and request.failures[-1].reason is Reason.MODEL_NOT_FOUND
-        return None if lacks or self._fleet.holders(request.model) else self.anyone(request)
+        return None if lacks or holders or request.event.servers else self.anyone(request)
 
     def anyone(self, request: Request) -> Server | None:
         """Return a live server to ask for what nobody is known to have; None when all are full or were asked."""
@@ -141,6 +161,7 @@ class Placement:
             for s in self._fleet
             if s.state is ServerState.DEAD
             and s.last_sync_ns is not None
+            and not request.event.servers
             and not request.has_tried(s)
             and (request.model is None or s.has(request.model))
         ]

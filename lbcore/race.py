@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lbcore.config import RaceSettings, Winner
 from lbcore.events import Reason
 from lbcore.health import TIMEOUTS
 from lbcore.ollama import model_not_found
-from lbcore.records import Attempt, ModelStats, Request
+from lbcore.records import Attempt, Failure, ModelStats, Request
 from lbcore.states import AttemptState, Reliability
 
 # Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
@@ -78,3 +80,11 @@ def closing_words(request: Request) -> tuple[int, str]:
     if failures and all(failure.reason is Reason.EXHAUSTED for failure in failures):
         status = 503
     return status, "no server could answer: " + "; ".join(str(failure) for failure in failures)
+
+
+def failures_in_words(failures: Sequence[Failure]) -> str:
+    """Return what went wrong where; what went wrong alike is said once."""
+    servers: dict[str, list[str]] = {}
+    for failure in failures:
+        servers.setdefault(failure.words, []).append(failure.server)
+    return "; ".join(f"{', '.join(names)}: {words}" for words, names in servers.items())

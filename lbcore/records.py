@@ -147,6 +147,7 @@ class Server:
         "losses",
         "models",
         "name",
+        "outdated",
         "probe_again",
         "probe_failures",
         "probe_id",
@@ -178,6 +179,7 @@ class Server:
         self.version = ""
         self.probe_id = 0  # the probe under way, 0: none
         self.last_probe_id = 0  # the last one that ended well
+        self.outdated = False  # something has changed since it was last read
         self.probe_again = False  # something has changed since the probe under way was started
         self.probe_failures = 0
         self.probe_pause_ns = 0
@@ -320,6 +322,7 @@ class Request:
         "kind",
         "last_answered",
         "live_attempts",
+        "merged",
         "model",
         "raced",
         "route",
@@ -346,6 +349,7 @@ class Request:
         self.attempts: list[Attempt] = []
         self.live_attempts: list[Attempt] = []  # those that may still answer it; kept by the ledger
         self.raced = False  # a racer or a hedge was started
+        self.merged = False  # the answer is made of those of all attempts, and none of them is committed
         self.committed: Attempt | None = None
         self.failures: list[Failure] = []
         self.suspects: list[tuple[Server, Failure]] = []  # 5xx, blamed once another server answers well

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from lbcore import race
-from lbcore.commands import AbortRequest, AttemptKind, Command, Decision, PassAnswer, RejectRequest
-from lbcore.config import Config
+from lbcore import race, selection
+from lbcore.commands import (
+    AbortRequest,
+    AttemptKind,
+    Command,
+    Decision,
+    EndMerge,
+    PassAnswer,
+    RejectRequest,
+    StartMerge,
+)
+from lbcore.config import Config, Strategy
 from lbcore.events import DownstreamClosed, DrainDeadlinePassed, Reason, RequestArrived
-from lbcore.fleet import Fleet
+from lbcore.fleet import Fleet, why_not
 from lbcore.health import retry_after_s
 from lbcore.ledger import Ledger
-from lbcore.ollama import PASS_THROUGH, RequestKind, canonical_model
+from lbcore.ollama import RequestKind, canonical_model, find_route
 from lbcore.placement import Placement, is_in_doubt
 from lbcore.records import Request, Server
 from lbcore.schema import MS_NS, SECOND_NS
@@ -23,6 +32,7 @@ from lbcore.timers import TimerKind, Timers
 _GENERATE, _UNLOAD = RequestKind.GENERATE, RequestKind.UNLOAD
 _PRIMARY, _RACER = AttemptKind.PRIMARY, AttemptKind.RACER
 _STARTED = Decision.STARTED
+_BROADCAST = Strategy.BROADCAST
 _RACING = RequestState.RACING
 _HEDGE_TIMER = TimerKind.HEDGE
 
@@ -34,6 +44,9 @@ SYNC_FRESH_NS = SECOND_NS
 
 HEDGE_AGAIN_MAX_NS = SECOND_NS
 """Where there was nobody to hedge to, that is looked at anew this often, or after each hedge delay if it is longer."""
+
+PIN_HEADER = "X-Ollama-LB-Server"
+"""The header in which a client names the servers that it wants to be asked."""
 
 SERVER_BUSY = "server busy, please try again.  maximum pending requests exceeded"
 """Ollama's own words (capture: chat_server_busy)."""
@@ -71,6 +84,10 @@ class Requests:
         request.awaits_sync = False
         if request.kind is _UNLOAD and self._start_unload(request, now_ns):
             return True
+        if request.event.servers:
+            return self._start_pinned(request, now_ns)
+        if request.route.strategy is _BROADCAST and self._start_merge(request, now_ns):
+            return True
         holders = self._fleet.pool(request.model)
         if holders.servers:
             with_room = holders.with_room() if request.generates else holders.servers
@@ -82,7 +99,7 @@ class Requests:
             request.awaits_sync = True
             return False
         alive = self._fleet.holders(None)
-        if alive and request.event.route == PASS_THROUGH.name:  # such as a pull: for any server to answer
+        if alive and not find_route(request.event.route).needs_model:  # such as a pull: for any server to answer
             self._start_racing(request, alive, now_ns)
             return True
         dead = self._placement.dead(request)
@@ -108,9 +125,56 @@ class Requests:
                 502,
                 self._fleet.nobody_there(),
                 now_ns,
-                retry_after=retry_after_s(self._config.probe.interval_dead_ns),
+                retry_after=self._retry_after_s(),
             )
         return True
+
+    def _start_pinned(self, request: Request, now_ns: int) -> bool:
+        """Ask only those servers that the client has named; False when all of them are full."""
+        known = {server.name: server for server in self._fleet}
+        if unknown := [name for name in request.event.servers if name not in known]:
+            there = ", ".join(known) or "none"
+            self._reject(request, 400, f'{PIN_HEADER}: there is no server "{unknown[0]}"; there are {there}', now_ns)
+            return True
+        named = self._placement.holders(request)
+        lost = [known[name] for name in request.event.servers if known[name] not in named]
+        if lost and (not named or request.route.strategy is _BROADCAST):
+            message = "; ".join(f"server {server.name} is {server.state}: {why_not(server)}" for server in lost)
+            self._reject(request, 502, f"{PIN_HEADER}: {message}", now_ns, retry_after=self._retry_after_s())
+            return True
+        if request.route.strategy is _BROADCAST and self._start_merge(request, now_ns):
+            return True
+        with_room = selection.with_room(named, request)
+        if with_room:
+            self._start_racing(request, with_room, now_ns)
+        return bool(with_room)
+
+    def _retry_after_s(self) -> int:
+        return retry_after_s(self._config.probe.interval_dead_ns)
+
+    def _start_merge(self, request: Request, now_ns: int) -> bool:
+        """Ask all servers that are concerned; False when there is at most one, whose own answer will do."""
+        concerned = self._placement.concerned(request)
+        if len(concerned) < 2:
+            return False
+        request.merged = True
+        self._out.append(StartMerge(request.id, tuple([server.id for server in concerned])))
+        for server in concerned:
+            self._ledger.start(request, server, _PRIMARY, now_ns)
+        self._ledger.record(_STARTED, request, _BROADCAST, names=tuple([server.name for server in concerned]))
+        return True
+
+    def settle_merge(self, request: Request, now_ns: int) -> None:
+        """End a request of which all attempts have ended."""
+        if request.live_attempts:
+            return
+        self._out.append(EndMerge(request.id))
+        n_all, failures = len(request.attempts), request.failures
+        if not failures:
+            self._ledger.end(request, RequestInput.FINISH, Decision.FINISHED, f"on all {n_all} servers", now_ns)
+            return
+        why = f"failed on {len(failures)} of {n_all} servers: {race.failures_in_words(failures)}"
+        self._ledger.end(request, RequestInput.FAIL, Decision.FAILED, why, now_ns)
 
     def _sync_may_help(self, request: Request, now_ns: int) -> bool:
         """Read the servers anew when none is known to have what is needed; True while the answer is awaited.
@@ -172,7 +236,12 @@ class Requests:
     def _start_unload(self, request: Request, now_ns: int) -> bool:
         """Send an unload to every server that has the model loaded; False when none has."""
         model = request.model or ""
-        loaded = [s for s in self._fleet if s.is_alive and model in s.models and s.models[model].loaded]
+        names = request.event.servers
+        loaded = [
+            s
+            for s in self._fleet
+            if s.is_alive and model in s.models and s.models[model].loaded and (not names or s.name in names)
+        ]
         for server in loaded:
             self._ledger.start(request, server, _PRIMARY, now_ns)
         if loaded:
@@ -287,7 +356,7 @@ class Requests:
         """End everything: the balancer stops now."""
         message = "the load balancer is shutting down"
         for request in list(self._ledger.requests.values()):
-            streaming = request.state is RequestState.RELAYING
+            streaming = request.state is RequestState.RELAYING or request.merged
             queued = request.state is RequestState.QUEUED
             self._ledger.cancel_all(request, Reason.DRAINED, now_ns)
             if streaming:

@@ -271,11 +271,15 @@ class AttemptRun:
             self._tell(HeadReceived(self.attempt_id, status))
         begun = False
         full = False
+        merge = self.exchange.merge
         while not answer.ended:
             payload = await answer.read()
             n_tokens = answer.watcher.feed(payload)
             self._core.note_chunk(self.attempt_id, len(payload), n_tokens)
-            answer.held += payload
+            if merge is not None and merge.is_stream and status < 400:
+                merge.feed(self.endpoint.name, payload)
+            else:
+                answer.held += payload
             if not begun and status < 400 and (answer.watcher.n_tokens if answer.streams else payload):
                 begun = True
                 self._tell(FirstTokenReceived(self.attempt_id))
@@ -295,7 +299,9 @@ class AttemptRun:
         return self.chosen or self._reported
 
     def _overflow(self, answer: Answer) -> None:
-        if answer.head.status < 400:
+        if answer.head.status < 400 and self.exchange.merge is not None:
+            self._fail(Reason.GARBAGE, "a very long answer", status=answer.head.status)
+        elif answer.head.status < 400:
             self._tell(BufferFilled(self.attempt_id))
         else:
             self._fail(
@@ -315,6 +321,8 @@ class AttemptRun:
             self._fail(verdict, "", status=status, answered=verdict is Reason.ERROR_LINE)
         elif not self._reported:
             self._reported = True
+            if self.exchange.merge is not None:
+                self.exchange.merge.end(self.endpoint.name, status=status, body=bytes(answer.held))
             self._tell(StreamEnded(self.attempt_id))
 
     def report_broken(self, reason: Reason, detail: str) -> None:
@@ -324,6 +332,10 @@ class AttemptRun:
     def _fail(self, reason: Reason, detail: str, *, status: int = 0, answered: bool = False) -> None:
         if not self._reported:
             self._reported = True
+            if self.exchange.merge is not None:
+                held = bytes(self.answer.held) if answered and self.answer is not None else b""
+                words = detail or reason
+                self.exchange.merge.end(self.endpoint.name, reason=reason, words=words, status=status, body=held)
             self._tell(AttemptFailed(self.attempt_id, reason, status, detail, answered=answered))
 
     def _tell(self, event: Event) -> None:

@@ -16,6 +16,7 @@ from lbcore.ollama import (
     MODEL_CHARS_MAX,
     RUNNER_OPTIONS,
     BodyFacts,
+    Ending,
     RequestKind,
     Route,
     request_kind,
@@ -65,7 +66,8 @@ def read_facts(route: Route, method: str, body: bytes) -> BodyFacts:
     kind = request_kind(route, method, empty=empty and model is not None, keep_alive=keep_alive)
     answers_at_once = kind in {RequestKind.LOAD, RequestKind.UNLOAD}
     stream = route.streams_by_default if fields.stream is None else fields.stream
-    return BodyFacts(model=model, runner_key=key, stream=stream and route.generates and not answers_at_once, kind=kind)
+    can_stream = route.generates or route.ending is not Ending.FRAMING
+    return BodyFacts(model=model, runner_key=key, stream=stream and can_stream and not answers_at_once, kind=kind)
 
 
 def _fields(body: bytes) -> _Fields:

@@ -14,19 +14,26 @@ from anyio.abc import ByteStream
 
 from lbcore.config import Strategy
 from lbcore.ollama import Shape, find_route, shape_of
+from lbcore.requests import PIN_HEADER
 from lbio.admin import Admin
 from lbio.attempt import AttemptRun
 from lbio.bodies import read_facts
 from lbio.client import BodyBudget, ClientGone, ClientStream
 from lbio.driver import Driver
 from lbio.exchange import ClientRequest, Exchange, head_parts
-from lbio.headers import upstream_headers
+from lbio.headers import has_passed, upstream_headers
 from lbio.http1 import Framing, HeaderPairs, HttpError, RequestHead, parse_request_head, serialize_response
 from lbio.local import NEEDS_SERVERS, LocalAnswer, answer_route, error_answer, preliminary_answer
 from lbio.relay import Relay
 
 _SETTLE_S = 2.0
 """How long a merged view waits for the first probes after the start."""
+_OUTDATED_S = 0.5
+"""How long it waits for those servers that have changed since they were last read."""
+
+_PIN = PIN_HEADER.lower().encode()
+
+_LOOP = "this request has been here before: a server that it was sent to leads back to this load balancer"
 
 
 class Front:
@@ -155,6 +162,8 @@ class ClientConnection:
 
     async def _answer(self, head: RequestHead, body: bytes) -> bool:
         path = head.path
+        if has_passed(head, self._driver.via):
+            return await self._respond(error_answer(shape_of(path), 508, _LOOP), head)
         if self._front.admin.is_admin(path):
             return await self._respond(await self._front.admin.answer(head, body, self._client.peer), head)
         answer = preliminary_answer(head)
@@ -162,7 +171,7 @@ class ClientConnection:
             return await self._respond(answer, head)
         route = find_route(path)
         strategy = self._driver.balancer.config.route(route.name).strategy
-        if strategy in {Strategy.LOCAL, Strategy.AGGREGATE}:
+        if strategy in {Strategy.LOCAL, Strategy.AGGREGATE} and head.header(_PIN) is None:
             if route.name in NEEDS_SERVERS:
                 await self._settled()
             return await self._respond(answer_route(route, self._driver.balancer.fleet), head)
@@ -172,6 +181,8 @@ class ClientConnection:
         """Give the first probes after the start a moment, so that they are not taken for an empty fleet."""
         with anyio.move_on_after(_SETTLE_S):
             await self._driver.wait_probed(lambda server: server.last_sync_ns is None and server.probe_failures == 0)
+        with anyio.move_on_after(_OUTDATED_S):  # who has just pulled a model wants to see it
+            await self._driver.wait_probed(lambda server: server.outdated and server.is_alive)
 
     # --- answers of our own --------------------------------------------------------------------------------
 
@@ -206,14 +217,28 @@ class ClientConnection:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._watch, exchange, tasks.cancel_scope)
                 await exchange.decided.wait()
-                relay = exchange.relay
-                keep = await (relay.run() if relay is not None else self._refuse(exchange))
+                keep = await self._give(exchange)
                 tasks.cancel_scope.cancel()
         except* (ClientGone, anyio.BrokenResourceError, anyio.ClosedResourceError):
             keep = False
         finally:
             self._driver.close(exchange)
         return keep
+
+    async def _give(self, exchange: Exchange) -> bool:
+        """Give the client what was decided on; return whether another request may follow."""
+        if exchange.relay is not None:
+            return await exchange.relay.run()
+        if exchange.merge is None or exchange.rejected is not None:
+            return await self._refuse(exchange)
+        merge, head = exchange.merge, exchange.request.head
+        ours = ((b"X-Ollama-LB-Server", ", ".join(merge.servers).encode()), *_about(exchange))
+        if not merge.begun:
+            return await self._respond(merge.answer(), head, extra=ours)
+        chunked = head.http_version != "1.0"
+        close = self._must_close(head) or not chunked
+        await merge.stream(self._client, (*ours, *_connection_header(head, close=close)), chunked=chunked)
+        return not close
 
     async def _watch(self, exchange: Exchange, whole: anyio.CancelScope) -> None:
         await self._client.watch()
@@ -225,10 +250,10 @@ class ClientConnection:
         number, tag = self._front.next_id()
         route = find_route(head.path)
         facts = read_facts(route, head.method, body)
-        forwarded = self._driver.app.proxy.forwarded
-        headers = upstream_headers(head, len(body), self._client.peer, forwarded, plain=route.generates)
+        forwarded, via = self._driver.app.proxy.forwarded, self._driver.via
+        headers = upstream_headers(head, len(body), self._client.peer, forwarded, plain=route.generates, via=via)
         parts = head_parts(head, headers)
-        return ClientRequest(number, tag, head, route, shape_of(head.path), facts, body, parts)
+        return ClientRequest(number, tag, head, route, shape_of(head.path), facts, body, parts, _pinned(head))
 
     def _begin_relay(self, exchange: Exchange, run: AttemptRun) -> None:
         if run.answer is not None:
@@ -242,6 +267,12 @@ class ClientConnection:
         retry_after_s = refusal.retry_after_s if refusal is not None else 0
         answer = error_answer(request.shape, status, message, request.tag, retry_after_s=retry_after_s)
         return await self._respond(answer, request.head, extra=_about(exchange))
+
+
+def _pinned(head: RequestHead) -> tuple[str, ...]:
+    """Return the names of the servers that the client wants to be asked."""
+    value = (head.header(_PIN) or b"").decode(errors="replace")
+    return tuple(dict.fromkeys(name for part in value.split(",") if (name := part.strip())))
 
 
 def _about(exchange: Exchange) -> HeaderPairs:

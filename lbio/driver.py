@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,11 +18,13 @@ from lbcore.commands import (
     CancelProbe,
     Command,
     CommitAttempt,
+    EndMerge,
     ForgetServer,
     PassAnswer,
     RecordDecision,
     RejectRequest,
     StartAttempt,
+    StartMerge,
     StartProbe,
 )
 from lbcore.config import ServerSettings
@@ -31,6 +34,7 @@ from lbcore.schema import SECOND_NS
 from lbio.attempt import AttemptRun
 from lbio.exchange import ClientRequest, Exchange
 from lbio.logs import Log
+from lbio.merge import Merge
 from lbio.prober import Probe
 from lbio.settings import AppConfig
 from lbio.streams import Connect, connect
@@ -58,6 +62,7 @@ class Driver:
         self.tasks = tasks
         self._connect = connect
         self.totals = Totals(clock())
+        self.via = f"ollama-lb-{secrets.token_hex(6)}"  # in `Via`: a request that has it already goes round in a circle
         self._exchanges: dict[int, Exchange] = {}
         self._runs: dict[int, AttemptRun] = {}
         self._probes: dict[int, Probe] = {}
@@ -72,6 +77,8 @@ class Driver:
             CancelAttempt: self._cancel_attempt,
             CommitAttempt: self._commit_attempt,
             PassAnswer: self._pass_answer,
+            StartMerge: self._start_merge,
+            EndMerge: self._end_merge,
             RejectRequest: self._reject_request,
             AbortRequest: self._abort_request,
             StartProbe: self._start_probe,
@@ -132,6 +139,7 @@ class Driver:
                 stream=request.facts.stream,
                 generates=request.route.generates,
                 runner_key=request.facts.runner_key,
+                servers=request.servers,
             )
         )
         return exchange
@@ -190,6 +198,9 @@ class Driver:
     def _cancel_attempt(self, command: CancelAttempt) -> None:
         run = self._runs.pop(command.attempt_id, None)
         if run is not None:
+            merge = run.exchange.merge
+            if merge is not None:
+                merge.end(run.endpoint.name, reason=command.reason, words=command.reason, status=0, body=b"")
             if run.cancel() and command.reason is Reason.LOST_RACE:
                 self._afterwards.append(partial(self.tasks.start_soon, self._dial_spare, run.endpoint))
             if not run.chosen:
@@ -200,6 +211,17 @@ class Driver:
 
     def _pass_answer(self, command: PassAnswer) -> None:
         self._exchanges[command.request_id].runs[command.attempt_id].choose(passed_on=True)
+
+    def _start_merge(self, command: StartMerge) -> None:
+        exchange = self._exchanges[command.request_id]
+        names = [self.balancer.fleet.servers[server_id].name for server_id in command.server_ids]
+        exchange.merge = Merge(exchange.request, names, exchange.decided.set)
+
+    def _end_merge(self, command: EndMerge) -> None:
+        exchange = self._exchanges.get(command.request_id)
+        if exchange is not None and exchange.merge is not None:
+            exchange.merge.finish()
+            exchange.decided.set()
 
     def _reject_request(self, command: RejectRequest) -> None:
         exchange = self._exchanges.get(command.request_id)
@@ -232,7 +254,7 @@ class Driver:
         await endpoint.dial_spare(self.balancer.config.timeouts.connect_ns)
 
     def _start_probe(self, command: StartProbe) -> None:
-        probe = Probe(command.server_id, command.probe_id, self._endpoint(command.server_id), self)
+        probe = Probe(command.server_id, command.probe_id, self._endpoint(command.server_id), self, self.via)
         self._probes[command.probe_id] = probe
         self.tasks.start_soon(self._run_probe, probe)
 

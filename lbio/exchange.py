@@ -14,6 +14,7 @@ from lbio.http1 import Headers, RequestHead, serialize_request
 
 if TYPE_CHECKING:
     from lbio.attempt import AttemptRun
+    from lbio.merge import Merge
     from lbio.relay import Relay
 
 
@@ -29,6 +30,7 @@ class ClientRequest:
     facts: BodyFacts
     body: bytes
     head_parts: tuple[bytes, bytes]  # as servers get it: what stands before and after the value of `Host`
+    servers: tuple[str, ...] = ()  # the only ones that the client wants to be asked
 
     def head_for(self, authority: bytes) -> bytes:
         """Return the request head for one server."""
@@ -53,6 +55,7 @@ class Exchange:
         "aborted",
         "chosen",
         "decided",
+        "merge",
         "n_attempts",
         "on_chosen",
         "passed_on",
@@ -70,6 +73,7 @@ class Exchange:
         self.chosen: AttemptRun | None = None  # whose answer the client gets
         self.on_chosen: Callable[[Exchange, AttemptRun], None] | None = None  # begins `relay`
         self.relay: Relay | None = None
+        self.merge: Merge | None = None  # instead of a chosen one, when all answers make one
         self.passed_on = False  # it is an error, held whole
         self.rejected: RejectRequest | None = None  # an answer of our own instead
         self.aborted: str | None = None  # why a committed stream ends early
@@ -92,11 +96,14 @@ class Exchange:
     def close(self) -> None:
         """Let go of all that is large: cancelled tasks refer to an exchange until the next search for cycles."""
         self.runs.clear()
-        self.chosen = self.relay = self.on_chosen = None
+        self.chosen = self.relay = self.merge = self.on_chosen = None
         if self.request.body:
             self.request = replace(self.request, body=b"")
 
     def abort(self, why: str) -> None:
         """End the committed stream as broken."""
         self.aborted = why
+        if self.merge is not None:
+            self.merge.abort(why)
+            self.decided.set()
         self.relay_scope.cancel()

@@ -37,10 +37,11 @@ def end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]
 
 
 def upstream_headers(
-    head: RequestHead, n_body_bytes: int, client: str, forwarded: Forwarded, *, plain: bool = False
+    head: RequestHead, n_body_bytes: int, client: str, forwarded: Forwarded, *, plain: bool = False, via: str = ""
 ) -> Headers:
     """Return the headers of the request as servers get it, but for `Host`.
 
+    `via` is what we are called in the list of those whom it has passed (RFC 9110 §7.6.3), by which we know it again.
     `plain`: the answer is to be read here, so a proxy in front of the server must not be told that it may compress it.
     """
     dropped = _NOT_UPSTREAM_PLAIN if plain else _NOT_UPSTREAM
@@ -50,9 +51,17 @@ def upstream_headers(
     elif forwarded is Forwarded.FORWARDED:
         node = f'"[{client}]"' if ":" in client else client
         headers = _appended(headers, b"forwarded", f"for={node}".encode())
+    if via:
+        headers = _appended(headers, b"via", f"{head.http_version} {via}".encode())
     if n_body_bytes or head.framing is not Framing.NONE:
         headers.append((b"Content-Length", b"%d" % n_body_bytes))
     return headers
+
+
+def has_passed(head: RequestHead, via: str) -> bool:
+    """Tell whether a request has been here before: a server that it was sent to has led it back."""
+    name = via.encode()
+    return any(found == b"via" and name in value for found, value in head.headers)
 
 
 def _appended(headers: Headers, name: bytes, value: bytes) -> Headers:

@@ -47,13 +47,14 @@ class _Entry(msgspec.Struct):
 class Probe:
     """The task of one probe. Its time limit is the core's."""
 
-    __slots__ = ("_connection", "_core", "_endpoint", "_scope", "probe_id", "server_id")
+    __slots__ = ("_connection", "_core", "_endpoint", "_scope", "_via", "probe_id", "server_id")
 
-    def __init__(self, server_id: int, probe_id: int, endpoint: Endpoint, core: Core) -> None:
+    def __init__(self, server_id: int, probe_id: int, endpoint: Endpoint, core: Core, via: str) -> None:
         self.server_id = server_id
         self.probe_id = probe_id
         self._endpoint = endpoint
         self._core = core
+        self._via = b"1.1 " + via.encode()
         self._scope = anyio.CancelScope()
         self._connection: Connection | None = None
 
@@ -91,7 +92,7 @@ class Probe:
         try:
             if self._connection is None:
                 self._connection = await self._endpoint.dial()
-            headers = [(b"Host", self._endpoint.authority), (b"User-Agent", b"ollama-lb")]
+            headers = [(b"Host", self._endpoint.authority), (b"User-Agent", b"ollama-lb"), (b"Via", self._via)]
             await self._connection.stream.send(serialize_request("GET", path, headers))
             head = await read_response_head(self._connection, "GET", _HEAD_BYTES_MAX)
             if head is None:
@@ -112,6 +113,8 @@ class Probe:
             self._connection = None
         if head.status == 404 and may_be_missing:
             return b"{}"
+        if head.status == 508:
+            raise _ProbeError(Reason.SERVER_ERROR, "it leads back to this load balancer, itself or by way of another")
         if head.status != 200:
             raise _ProbeError(Reason.SERVER_ERROR, f"{path}: status {head.status}")
         return bytes(answer.held)

@@ -19,11 +19,13 @@ from lbcore.commands import (
     Command,
     CommitAttempt,
     Decision,
+    EndMerge,
     ForgetServer,
     PassAnswer,
     RecordDecision,
     RejectRequest,
     StartAttempt,
+    StartMerge,
     StartProbe,
 )
 from lbcore.decision_words import decision_words
@@ -100,6 +102,8 @@ class World:
             CancelAttempt: self._cancel_attempt,
             CommitAttempt: self._commit_attempt,
             PassAnswer: self._pass_answer,
+            StartMerge: lambda _command: None,  # no workload asks for what is merged
+            EndMerge: lambda _command: None,
             RejectRequest: self._reject_request,
             AbortRequest: self._abort_request,
             StartProbe: self._start_probe,

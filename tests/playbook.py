@@ -134,10 +134,11 @@ def arrival(
     kind: RequestKind = RequestKind.GENERATE,
     stream: bool = True,
     runner_key: str = "",
+    servers: tuple[str, ...] = (),
 ) -> events.RequestArrived:
     """Return the arrival of a request, a streamed chat unless said otherwise."""
     generates = find_route(route).generates
-    return events.RequestArrived(request_id, route, model, kind, stream, generates, runner_key)
+    return events.RequestArrived(request_id, route, model, kind, stream, generates, runner_key, servers)
 
 
 def many(route: str = "/api/chat", /, **fields: Any) -> dict[str, RouteSettings]:

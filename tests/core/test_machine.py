@@ -33,7 +33,7 @@ from lbcore.config import (
 )
 from lbcore.events import Event, Reason
 from lbcore.invariants import Auditor
-from lbcore.ollama import RequestKind
+from lbcore.ollama import RequestKind, find_route
 from lbcore.records import Server
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.states import AttemptState, ServerState
@@ -45,6 +45,8 @@ ROUTES = {
     "/api/generate": Strategy.HEDGE,
     "/v1/messages": Strategy.SEQUENTIAL,
     "/api/show": Strategy.SEQUENTIAL,
+    "/api/delete": Strategy.BROADCAST,
+    "/api/pull": Strategy.BROADCAST,
 }
 PROBE = ProbeSettings(interval_ns=4 * SECOND_NS, interval_dead_ns=SECOND_NS, interval_dead_max_ns=8 * SECOND_NS)
 SECOND_CHANCES = {Decision.FINISHED, Decision.FAILED}
@@ -74,6 +76,7 @@ class Model:
         self.outcome: dict[int, Decision] = {}
         self.answered: dict[int, cmd.Command] = {}  # the command that ended it for the client
         self.committed: dict[int, int] = {}
+        self.merged: dict[int, tuple[int, ...]] = {}  # the servers whose answers make one
         self.running: dict[int, cmd.StartAttempt] = {}
         self.started: dict[int, cmd.StartAttempt] = {}
         self.whole_answers: set[int] = set()
@@ -102,9 +105,21 @@ class Model:
                 assert request_id not in self.answered
                 assert self.started[attempt_id].request_id == request_id
                 assert attempt_id not in self.cancels
+                assert request_id not in self.merged
                 self.committed[request_id] = attempt_id
+            case cmd.StartMerge(request_id, server_ids):
+                assert request_id in self.open
+                assert request_id not in self.merged
+                assert len(set(server_ids)) == len(server_ids) > 1
+                self.merged[request_id] = server_ids
+            case cmd.EndMerge(request_id):
+                asked = tuple(a.server_id for a in self.started.values() if a.request_id == request_id)
+                assert asked == self.merged[request_id]
+                assert request_id not in {a.request_id for a in self.running.values()}
+                self._answer(request_id, command)
             case cmd.PassAnswer(request_id, attempt_id):
                 assert request_id not in self.committed
+                assert request_id not in self.merged
                 assert attempt_id in self.whole_answers
                 self._answer(request_id, command)
             case cmd.RejectRequest(request_id):
@@ -113,7 +128,7 @@ class Model:
                 assert 400 <= command.status < 600
                 self._answer(request_id, command)
             case cmd.AbortRequest(request_id):
-                assert request_id in self.committed
+                assert request_id in self.committed or request_id in self.merged
                 self._answer(request_id, command)
             case cmd.RecordDecision():
                 self._decide(command)
@@ -143,7 +158,8 @@ class Model:
         answer = self.answered.get(request_id)
         match record.decision:
             case Decision.FINISHED:
-                assert isinstance(answer, cmd.PassAnswer) or (answer is None and request_id in self.committed)
+                whole = isinstance(answer, cmd.PassAnswer | cmd.EndMerge)
+                assert whole or (answer is None and request_id in self.committed)
             case Decision.REJECTED:
                 assert isinstance(answer, cmd.RejectRequest)
             case Decision.ABORTED:
@@ -195,8 +211,8 @@ class Machine(RuleBasedStateMachine):
         low, high = racers
         routes = {
             name: RouteSettings(strategy=s, winner=winner, racers_min=low, racers_max=high, hedges_max=hedges_max)
-            if s is not Strategy.SEQUENTIAL
-            else RouteSettings()
+            if s in {Strategy.RACE, Strategy.HEDGE}
+            else RouteSettings(strategy=s)
             for name, s in ROUTES.items()
         }
         self.config = Config(
@@ -256,7 +272,8 @@ class Machine(RuleBasedStateMachine):
             if not isinstance(command, cmd.StartAttempt):
                 continue
             attempt = ledger.attempts.get(command.attempt_id)
-            name = attempt.request.model if attempt is not None else None
+            free = attempt is not None and not (attempt.request.merged or attempt.request.event.servers)
+            name = attempt.request.model if attempt is not None and free else None
             if name in ON_DISK:
                 better = before[name] & after[name]
                 assert not better or command.server_id in before[name] | after[name] or self._dead(command, name), (
@@ -305,16 +322,26 @@ class Machine(RuleBasedStateMachine):
         stream=st.booleans(),
         runner_key=st.sampled_from(["", '{"num_ctx":1}']),
         times=st.sampled_from([1, 1, 4]),
+        pins=st.just(()) | st.lists(st.sampled_from(["s0", "s1", "s9"]), max_size=2, unique=True).map(tuple),
     )
     def arrive(
-        self, model: str | None, route: str, kind: RequestKind, stream: bool, runner_key: str, times: int
+        self,
+        model: str | None,
+        route: str,
+        kind: RequestKind,
+        stream: bool,
+        runner_key: str,
+        times: int,
+        pins: tuple[str, ...],
     ) -> None:
         if kind in {RequestKind.LOAD, RequestKind.UNLOAD}:
             route, model = "/api/chat", model or "m"
-        generates = route != "/api/show" and kind is not RequestKind.MANAGE
+        if ROUTES[route] is Strategy.BROADCAST:
+            kind = RequestKind.MANAGE
+        generates = find_route(route).generates and kind is not RequestKind.MANAGE
         for _ in range(times):
             request_id = self.n_requests + 1
-            self.handle(events.RequestArrived(request_id, route, model, kind, stream, generates, runner_key))
+            self.handle(events.RequestArrived(request_id, route, model, kind, stream, generates, runner_key, pins))
 
     @precondition(lambda self: self.model.open)
     @rule(data=st.data())

@@ -26,8 +26,8 @@ from tests.core import test_machine
 from tests.core.test_determinism import digest_of_a_run
 from tests.playbook import arrival, fleet, many
 
-# They use a balancer.
-ABOVE = {"lbcore.loglines", "lbcore.trace", "lbcore.comparison", "lbcore.explain", "lbcore.invariants"}
+# They use a balancer, or are none of its business.
+ABOVE = {f"lbcore.{name}" for name in ("progress", "loglines", "trace", "comparison", "explain", "invariants")}
 STATELESS = {
     "Setting", "Field", "Route", "Ending", "BodyFacts", "Problem", "RouteTable",  # known before anything happens
     "Holders", "Drawn",  # made anew when they are needed

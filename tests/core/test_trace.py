@@ -194,7 +194,7 @@ def test_lines_are_as_documented() -> None:
     header, _, *calls = [json.loads(line) for line in a_story()]
     assert header["ollama-lb-log"] == 1
     arrived, connected, *_ = calls
-    assert arrived[:2] == [0, ["arrived", 1, "/api/chat", "m", "generate", True, True, ""]]
+    assert arrived[:2] == [0, ["arrived", 1, "/api/chat", "m", "generate", True, True, "", []]]
     assert arrived[2][0] == ["start", 1, 1, 1, "primary"]
     assert connected == [5_000_000, ["connected", 1], []]
     ended = next(call for call in calls if call[1] and call[1][0] == "ended")

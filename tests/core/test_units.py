@@ -278,7 +278,7 @@ def test_what_a_request_wants() -> None:
     assert request_kind(chat, "POST", empty=True, keep_alive=None) is RequestKind.LOAD
     assert request_kind(chat, "POST", empty=True, keep_alive="0s") is RequestKind.UNLOAD
     assert request_kind(other, "DELETE", empty=False, keep_alive=None) is RequestKind.MANAGE
-    assert request_kind(other, "GET", empty=False, keep_alive=None) is RequestKind.GENERATE
+    assert request_kind(find_route("/api/x"), "GET", empty=False, keep_alive=None) is RequestKind.GENERATE
 
 
 def test_paths_speak_their_shapes() -> None:

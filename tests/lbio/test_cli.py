@@ -217,6 +217,11 @@ routes
   /api/embed            sequential
   /api/embeddings       sequential
   /v1/embeddings        sequential
+  /api/pull             broadcast
+  /api/create           broadcast
+  /api/push             sequential
+  /api/copy             broadcast
+  /api/delete           broadcast
   *                     sequential
 
 warning: servers[1]: verify = false: whoever answers at https://far:443 is trusted

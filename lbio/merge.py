@@ -1,0 +1,166 @@
+"""One answer made of those of several servers: what the client of a broadcast gets.
+
+A stream of progress (pull, create) begins with the first line of any server and ends when all have ended. Any other
+answer, and a stream that no server has begun, is judged as a whole: what all servers say alike is passed on as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from email.utils import formatdate
+
+import anyio
+
+from lbcore.events import Reason
+from lbcore.ollama import Ending, error_body
+from lbcore.progress import LINE_BYTES_MAX, Progress
+from lbio.client import ClientStream
+from lbio.exchange import ClientRequest
+from lbio.http1 import LAST_CHUNK, HeaderPairs, encode_chunk, serialize_response
+from lbio.local import JSON, LocalAnswer
+
+_LINES_MAX = 64
+"""A client that reads slowly misses lines: each says all that the ones before it did."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """How one server has ended: with an answer (`status` and `body`), or with `words` for what went wrong."""
+
+    reason: Reason | None
+    words: str
+    status: int
+    body: bytes
+
+
+class Merge:
+    """What the servers of one broadcast have said so far."""
+
+    def __init__(self, request: ClientRequest, servers: Sequence[str], on_begun: Callable[[], None]) -> None:
+        route, facts = request.route, request.facts
+        self.servers = tuple(servers)
+        self._request = request
+        self._what = f"{route.name.rpartition('/')[2]} of '{facts.model or '?'}'"
+        self._progress = Progress(self.servers, self._what) if facts.stream else None
+        self._partial = dict.fromkeys(self.servers, b"")  # the beginning of a line
+        self._outcomes: dict[str, _Outcome] = {}
+        self._lines: deque[bytes] = deque(maxlen=_LINES_MAX)
+        self._on_begun = on_begun
+        self._news = anyio.Event()
+        self._aborted: str | None = None
+        self.begun = False  # the client gets a stream
+        self.ended = False
+
+    def __repr__(self) -> str:
+        return f"<Merge {self._what}: {len(self._outcomes)} of {len(self.servers)} have ended>"
+
+    # --- what servers say, told by the driver and its attempts -----------------------------------------------
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether lines are wanted as they come."""
+        return self._progress is not None
+
+    def feed(self, server: str, data: bytes) -> None:
+        """Take the next piece of a server's stream."""
+        if self._progress is None:
+            return
+        *lines, rest = (self._partial[server] + data).split(b"\n")
+        self._partial[server] = rest if len(rest) <= LINE_BYTES_MAX else b""
+        for line in lines:
+            self._say(self._progress.feed(server, line))
+
+    def end(self, server: str, *, reason: Reason | None = None, words: str = "", status: int, body: bytes) -> None:
+        """Take a server's end, good when there is no `reason`; what comes after the first one does not count."""
+        if server in self._outcomes:
+            return
+        self._outcomes[server] = _Outcome(reason, words, status, body)
+        if self._progress is not None and self.begun:
+            self.feed(server, b"\n")
+            self._say(self._progress.end(server, words if reason is not None else None))
+
+    def finish(self) -> None:
+        """All servers have ended."""
+        self.ended = True
+        self._news.set()
+
+    def abort(self, why: str) -> None:
+        """End the answer now, as an error."""
+        self._aborted = why
+        self.finish()
+
+    def _say(self, line: bytes | None) -> None:
+        if line is None:
+            return
+        self._lines.append(line)
+        self._news.set()
+        if not self.begun:
+            self.begun = True
+            self._on_begun()
+
+    # --- what the client gets --------------------------------------------------------------------------------
+
+    async def stream(self, client: ClientStream, headers: HeaderPairs, *, chunked: bool) -> None:
+        """Write the merged stream to its end. Raises ClientGone."""
+        head = [
+            *headers,
+            (b"Content-Type", b"application/x-ndjson"),
+            (b"Date", formatdate(usegmt=True).encode()),
+            *([(b"Transfer-Encoding", b"chunked")] if chunked else []),
+        ]
+        unsent = serialize_response(200, head)
+        while True:
+            lines = b"".join(self._lines)
+            self._lines.clear()
+            if self.ended:
+                lines += self._closing()
+            if unsent or lines:
+                await client.write(unsent + (encode_chunk(lines) if chunked and lines else lines))
+                unsent = b""
+            if self.ended and not self._lines:
+                break
+            await self._news.wait()
+            self._news = anyio.Event()
+        if chunked:
+            await client.write(LAST_CHUNK)
+
+    def _closing(self) -> bytes:
+        if self._aborted is not None or self._progress is None:
+            return error_body(self._request.shape, 500, self._aborted or "") + b"\n"
+        for name, outcome in self._outcomes.items():  # those that had ended before the first line
+            self._progress.end(name, outcome.words if outcome.reason is not None else None)
+        return self._progress.closing()
+
+    def answer(self) -> LocalAnswer:
+        """Return the answer as a whole."""
+        if self._aborted is not None:
+            return LocalAnswer(503, JSON, error_body(self._request.shape, 503, self._aborted))
+        outcomes = [self._outcomes[name] for name in self.servers]
+        bad = [outcome for outcome in outcomes if not self._is_good(outcome)]
+        said = {(outcome.status, outcome.body) for outcome in outcomes}
+        lacking = all(outcome.reason is Reason.MODEL_NOT_FOUND for outcome in outcomes)
+        if (len(said) == 1 or lacking) and outcomes[0].status >= 400:  # they are of one mind
+            return LocalAnswer(outcomes[0].status, JSON, outcomes[0].body)
+        if not bad:
+            return self._good_answer()
+        done = [name for name in self.servers if self._is_good(self._outcomes[name])]
+        failed = [f"{name}: {self._outcomes[name].words}" for name in self.servers if name not in done]
+        message = f"{self._what}: {'done on ' + ', '.join(done) if done else 'done nowhere'}; {'; '.join(failed)}"
+        told = {"error": message, "servers": self._states()}
+        return LocalAnswer(502, JSON, json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode())
+
+    def _is_good(self, outcome: _Outcome) -> bool:
+        """Tell whether all is as it should be: where a model is not, it need not be deleted or copied."""
+        return outcome.reason is None or (outcome.reason is Reason.MODEL_NOT_FOUND and self._request.route.needs_model)
+
+    def _good_answer(self) -> LocalAnswer:
+        if self._request.route.ending is Ending.NDJSON_SUCCESS:
+            told = {"status": "success", "servers": self._states()}
+            return LocalAnswer(200, JSON, json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode())
+        return LocalAnswer(200, b"", b"")
+
+    def _states(self) -> dict[str, str]:
+        return {name: outcome.words or "success" for name, outcome in self._outcomes.items()}
