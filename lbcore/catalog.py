@@ -6,6 +6,7 @@ so the merge does not depend on the order of the servers.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -17,8 +18,8 @@ from lbcore.records import Server
 _NUMBERS = re.compile(r"\d{1,18}")  # a longer one is compared in parts: Python reads none of thousands of digits
 
 
-def tags_json(servers: Iterable[Server]) -> bytes:
-    """Return the answer to `GET /api/tags`: every model of a live server, changed last first, as Ollama does."""
+def _newest(servers: Iterable[Server]) -> list[ModelInfo]:
+    """Return every model of a live server once, changed last first, as Ollama does."""
     newest: dict[str, ModelInfo] = {}
     for server in servers:
         if server.is_alive:
@@ -26,8 +27,43 @@ def tags_json(servers: Iterable[Server]) -> bytes:
                 info = record.available
                 if info is not None and (name not in newest or _age_key(info) > _age_key(newest[name])):
                     newest[name] = info
-    ordered = sorted(newest.values(), key=_age_key, reverse=True)
-    return _models(info.entry for info in ordered)
+    return sorted(newest.values(), key=_age_key, reverse=True)
+
+
+def tags_json(servers: Iterable[Server]) -> bytes:
+    """Return the answer to `GET /api/tags`."""
+    return _models(info.entry for info in _newest(servers))
+
+
+def v1_models_json(servers: Iterable[Server]) -> bytes:
+    """Return the answer to `GET /v1/models` (capture: v1_models)."""
+    told = {"object": "list", "data": [_v1_entry(info, info.name) for info in _newest(servers)]}
+    return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def v1_model_json(servers: Iterable[Server], model: str) -> bytes | None:
+    """Return the answer to `GET /v1/models/:model` (capture: v1_model), None when no live server has it."""
+    name = canonical_model(model)
+    found = (info for info in _newest(servers) if canonical_model(info.name) == name)
+    told = next((_v1_entry(info, model) for info in found), None)
+    return None if told is None else json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _v1_entry(info: ModelInfo, name: str) -> dict[str, str | int]:
+    path = info.name.split("/")
+    owner = path[-2] if len(path) > 1 else "library"
+    return {"id": name, "object": "model", "created": int(_timestamp(info.modified_at)), "owned_by": owner}
+
+
+def builds(servers: Iterable[Server]) -> dict[str, dict[str, list[str]]]:
+    """Return the models of which live servers have different builds: for each digest, who has it."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for server in servers:
+        if server.is_alive:
+            for name, record in server.models.items():
+                if record.available is not None and record.available.digest:
+                    found.setdefault(name, {}).setdefault(record.available.digest, []).append(server.name)
+    return {name: digests for name, digests in sorted(found.items()) if len(digests) > 1}
 
 
 def _age_key(info: ModelInfo) -> tuple[float, str, str, str]:

@@ -46,7 +46,7 @@ class RequestKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One path of the API. `name` is its key in `[routes]`."""
+    """One path of the API. `name` is its key in `[routes]`; a last part that begins with ":" stands for any."""
 
     name: str
     methods: tuple[str, ...]
@@ -60,6 +60,7 @@ class Route:
     needs_model: bool = True  # only a server that has the model named in the body can do it
 
 
+_VIEW = (Strategy.AGGREGATE, Strategy.SEQUENTIAL)
 _MANY = (Strategy.RACE, Strategy.HEDGE, Strategy.SEQUENTIAL)
 _ONE = (Strategy.SEQUENTIAL,)
 _ALL = (Strategy.BROADCAST, Strategy.SEQUENTIAL)
@@ -67,9 +68,11 @@ _PROGRESS = Ending.NDJSON_SUCCESS
 
 ROUTES: tuple[Route, ...] = (
     Route("/", ("HEAD", "GET"), Strategy.LOCAL, (Strategy.LOCAL, Strategy.SEQUENTIAL)),
-    Route("/api/version", ("HEAD", "GET"), Strategy.AGGREGATE, (Strategy.AGGREGATE, Strategy.SEQUENTIAL)),
-    Route("/api/tags", ("HEAD", "GET"), Strategy.AGGREGATE, (Strategy.AGGREGATE, Strategy.SEQUENTIAL)),
-    Route("/api/ps", ("GET",), Strategy.AGGREGATE, (Strategy.AGGREGATE, Strategy.SEQUENTIAL)),
+    Route("/api/version", ("HEAD", "GET"), Strategy.AGGREGATE, _VIEW),
+    Route("/api/tags", ("HEAD", "GET"), Strategy.AGGREGATE, _VIEW),
+    Route("/api/ps", ("GET",), Strategy.AGGREGATE, _VIEW),
+    Route("/v1/models", ("GET",), Strategy.AGGREGATE, _VIEW, Shape.OPENAI, needs_model=False),
+    Route("/v1/models/:model", ("GET",), Strategy.AGGREGATE, _VIEW, Shape.OPENAI, needs_model=False),
     Route("/api/show", ("POST",), Strategy.SEQUENTIAL, _ONE),
     Route(
         "/api/chat", ("POST",), Strategy.RACE, _MANY, ending=Ending.NDJSON_DONE, streams_by_default=True, generates=True
@@ -92,6 +95,7 @@ ROUTES: tuple[Route, ...] = (
     Route("/api/embed", ("POST",), Strategy.SEQUENTIAL, _ONE, generates=True),
     Route("/api/embeddings", ("POST",), Strategy.SEQUENTIAL, _ONE, generates=True),
     Route("/v1/embeddings", ("POST",), Strategy.SEQUENTIAL, _ONE, Shape.OPENAI, generates=True),
+    Route("/v1/audio/transcriptions", ("POST",), Strategy.SEQUENTIAL, _ONE, Shape.OPENAI, generates=True),
     Route(
         "/api/pull",
         ("POST",),
@@ -121,11 +125,18 @@ ROUTES: tuple[Route, ...] = (
 PASS_THROUGH = Route("*", (), Strategy.SEQUENTIAL, _ONE, needs_model=False)
 
 _BY_PATH: Mapping[str, Route] = {route.name: route for route in ROUTES}
+_BY_PARENT: Mapping[str, Route] = {
+    parent: route for route in ROUTES for parent, colon, _ in (route.name.partition(":"),) if colon
+}
 
 
 def find_route(path: str) -> Route:
     """Return the route of `path` (without its query), or `PASS_THROUGH`."""
-    return _BY_PATH.get(path, PASS_THROUGH)
+    route = _BY_PATH.get(path)
+    if route is not None:
+        return route
+    parent, slash, last = path.rpartition("/")
+    return _BY_PARENT.get(parent + slash, PASS_THROUGH) if last else PASS_THROUGH
 
 
 def shape_of(path: str) -> Shape:

@@ -7,6 +7,7 @@ what does not matter, nor of what does while it is longer than a server would ta
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -47,12 +48,18 @@ _EMPTY_BYTES_MAX = 16  # longer JSON is taken for not empty, unread
 _OPTION_BYTES_MAX = 32  # the longest number or word that a runner option can be
 _NAME_BYTES_MAX = 12 * MODEL_CHARS_MAX  # each character written as two escapes
 _LENIENT_BYTES_MAX = 256 << 10  # larger bodies are decoded strictly: objects take many times the memory of their text
+_FIELD_BYTES_MAX = 1024 + 4 * MODEL_CHARS_MAX  # of a form: its headers, its value and what follows
+_MODEL_FIELD = re.compile(
+    rb'form-data;[ \t]*name="?model"?[ \t]*\r\n(?:[^\r\n]++\r\n)*+\r\n([^\r\n]*+)\r\n--', re.IGNORECASE
+)
 _MEMBERS = tuple(_Fields.__struct_fields__)
 
 
-def read_facts(route: Route, method: str, body: bytes) -> BodyFacts:
+def read_facts(route: Route, method: str, body: bytes, content_type: bytes = b"") -> BodyFacts:
     """Return what `body` says; a body that cannot be understood says nothing, so that an Ollama gives the answer."""
     kind = request_kind(route, method, empty=False, keep_alive=None)
+    if content_type.lower().startswith(b"multipart/form-data"):
+        return BodyFacts(model=_form_model(body), kind=kind)
     if body.lstrip()[:1] != b"{":
         return BodyFacts(kind=kind)
     try:
@@ -68,6 +75,17 @@ def read_facts(route: Route, method: str, body: bytes) -> BodyFacts:
     stream = route.streams_by_default if fields.stream is None else fields.stream
     can_stream = route.generates or route.ending is not Ending.FRAMING
     return BodyFacts(model=model, runner_key=key, stream=stream and can_stream and not answers_at_once, kind=kind)
+
+
+def _form_model(body: bytes) -> str | None:
+    """Return the field `model` of a form, without taking the form apart: the rest is a recording of many megabytes."""
+    at = -1
+    while (at := body.find(b"form-data", at + 1)) >= 0:
+        field = _MODEL_FIELD.match(body, at, at + _FIELD_BYTES_MAX)
+        if field is not None:
+            name = field[1].decode(errors="replace").strip()
+            return name if 0 < len(name) <= MODEL_CHARS_MAX else None
+    return None
 
 
 def _fields(body: bytes) -> _Fields:

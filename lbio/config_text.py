@@ -61,7 +61,7 @@ sizes:     "64KiB", "64MiB", "1GiB", "64MB" (millions), or a number of bytes
 ollama-lb check FILE  tells what a file comes to, and all that is wrong with it.
 """
 _WIDTH = 108
-_ROUTE_WIDTH = 38
+_ROUTE_WIDTH = 42
 EXAMPLE_SERVERS = (ServerSettings(url="http://gpu1:11434", name="gpu1"),
                    ServerSettings(url="http://gpu2:11434", name="gpu2"))
 

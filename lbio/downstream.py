@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import secrets
 from collections.abc import Iterator
+from dataclasses import replace
 from email.utils import formatdate
 
 import anyio
@@ -23,7 +24,14 @@ from lbio.driver import Driver
 from lbio.exchange import ClientRequest, Exchange, head_parts
 from lbio.headers import has_passed, upstream_headers
 from lbio.http1 import Framing, HeaderPairs, HttpError, RequestHead, parse_request_head, serialize_response
-from lbio.local import NEEDS_SERVERS, LocalAnswer, answer_route, error_answer, preliminary_answer
+from lbio.local import (
+    NEEDS_SERVERS,
+    LocalAnswer,
+    answer_route,
+    error_answer,
+    model_in_path,
+    preliminary_answer,
+)
 from lbio.relay import Relay
 
 _SETTLE_S = 2.0
@@ -174,7 +182,9 @@ class ClientConnection:
         if strategy in {Strategy.LOCAL, Strategy.AGGREGATE} and head.header(_PIN) is None:
             if route.name in NEEDS_SERVERS:
                 await self._settled()
-            return await self._respond(answer_route(route, self._driver.balancer.fleet), head)
+            answer = answer_route(route, path, self._driver.balancer.fleet)
+            if answer is not None:
+                return await self._respond(answer, head)
         return await self._forward(head, body)
 
     async def _settled(self) -> None:
@@ -249,7 +259,9 @@ class ClientConnection:
     def _client_request(self, head: RequestHead, body: bytes) -> ClientRequest:
         number, tag = self._front.next_id()
         route = find_route(head.path)
-        facts = read_facts(route, head.method, body)
+        facts = read_facts(route, head.method, body, head.header(b"content-type") or b"")
+        if (model := model_in_path(route, head.path)) is not None:
+            facts = replace(facts, model=model)
         forwarded, via = self._driver.app.proxy.forwarded, self._driver.via
         headers = upstream_headers(head, len(body), self._client.peer, forwarded, plain=route.generates, via=via)
         parts = head_parts(head, headers)

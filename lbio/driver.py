@@ -37,10 +37,14 @@ from lbio.logs import Log
 from lbio.merge import Merge
 from lbio.prober import Probe
 from lbio.settings import AppConfig
+from lbio.status import different_builds
 from lbio.streams import Connect, connect
 from lbio.tls import client_context
 from lbio.totals import Totals
 from lbio.upstream import Endpoint
+
+_BUILDS_S = 5.0
+"""How often the builds of models are compared."""
 
 
 class Driver:
@@ -287,6 +291,17 @@ class Driver:
             await anyio.sleep(max(1.0, self.app.pool.idle_timeout_ns / SECOND_NS / 2))
             for endpoint in self._endpoints.values():
                 endpoint.sweep()
+
+    async def watch_builds(self) -> None:
+        """Warn, once, of models that are not the same everywhere, for ever."""
+        warned: set[str] = set()
+        while True:
+            found = different_builds(self.balancer.fleet)
+            for text in found:
+                if text not in warned:
+                    self.log.warning(text)
+            warned = set(found)
+            await anyio.sleep(_BUILDS_S)
 
     def close_pools(self) -> None:
         """Close every idle connection."""

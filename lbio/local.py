@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from lbcore import catalog
 from lbcore.fleet import Fleet
-from lbcore.ollama import ROUTES, Route, Shape, error_body, find_route
+from lbcore.ollama import Route, Shape, error_body, find_route
 from lbio.http1 import HeaderPairs, RequestHead
 
 JSON = b"application/json; charset=utf-8"
+PLAIN_JSON = b"application/json"
 TEXT = b"text/plain; charset=utf-8"
 
 
@@ -66,19 +68,37 @@ def _ps(fleet: Fleet) -> LocalAnswer:
     return LocalAnswer(200, JSON, catalog.ps_json(fleet))
 
 
+def _v1_models(fleet: Fleet) -> LocalAnswer:
+    return LocalAnswer(200, PLAIN_JSON, catalog.v1_models_json(fleet))
+
+
 _ANSWERS: Mapping[str, Callable[[Fleet], LocalAnswer]] = {
     "/": _root,
     "/api/version": _version,
     "/api/tags": _tags,
     "/api/ps": _ps,
+    "/v1/models": _v1_models,
 }
+_V1_MODEL = "/v1/models/:model"
 
-NEEDS_SERVERS = frozenset(route.name for route in ROUTES if route.name in _ANSWERS and route.name != "/")
+NEEDS_SERVERS = frozenset(_ANSWERS) - {"/"} | {_V1_MODEL}
 """Local routes whose answer is made of what live servers said."""
 
 
-def answer_route(route: Route, fleet: Fleet) -> LocalAnswer:
-    """Answer a `local` or `aggregate` route. Without a live server, what would be made of servers is a 502."""
+def model_in_path(route: Route, path: str) -> str | None:
+    """Return the model that a path names, if its route has one there."""
+    return unquote(path.rpartition("/")[2]) if route.name == _V1_MODEL else None
+
+
+def answer_route(route: Route, path: str, fleet: Fleet) -> LocalAnswer | None:
+    """Answer a `local` or `aggregate` route; None when a server had better be asked.
+
+    Without a live server, what would be made of servers is a 502.
+    """
     if route.name in NEEDS_SERVERS and not any(server.is_alive for server in fleet):
-        return error_answer(Shape.NATIVE, 502, fleet.nobody_there(), retry_after_s=1)
-    return _ANSWERS[route.name](fleet)
+        return error_answer(route.shape, 502, fleet.nobody_there(), retry_after_s=1)
+    model = model_in_path(route, path)
+    if model is None:
+        return _ANSWERS[route.name](fleet)
+    body = catalog.v1_model_json(fleet, model)
+    return None if body is None else LocalAnswer(200, PLAIN_JSON, body)

@@ -108,6 +108,10 @@ class Log:
             # Not `_log.log`, which looks for the line of code that called it.
             _log.handle(logging.LogRecord(_log.name, level, __file__, 0, told, (), None))
 
+    def warning(self, text: str) -> None:
+        """Write what an operator should look into."""
+        _log.warning("%s", text)
+
     def defect(self, error: BaseException) -> None:
         """Write that the program itself has a defect; the trace only when asked for."""
         while isinstance(error, BaseExceptionGroup):

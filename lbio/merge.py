@@ -7,7 +7,7 @@ answer, and a stream that no server has begun, is judged as a whole: what all se
 from __future__ import annotations
 
 import json
-from collections import deque
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -22,8 +22,8 @@ from lbio.exchange import ClientRequest
 from lbio.http1 import LAST_CHUNK, HeaderPairs, encode_chunk, serialize_response
 from lbio.local import JSON, LocalAnswer
 
-_LINES_MAX = 64
-"""A client that reads slowly misses lines: each says all that the ones before it did."""
+_SUBJECT = re.compile(rb'"digest":"[^"]*"|.*(?=,"servers":)')
+"""What a line speaks of: of a client that reads slowly, only the last line about each waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Merge:
         self._progress = Progress(self.servers, self._what) if facts.stream else None
         self._partial = dict.fromkeys(self.servers, b"")  # the beginning of a line
         self._outcomes: dict[str, _Outcome] = {}
-        self._lines: deque[bytes] = deque(maxlen=_LINES_MAX)
+        self._lines: dict[bytes, bytes] = {}  # not written yet, by what they speak of
         self._on_begun = on_begun
         self._news = anyio.Event()
         self._aborted: str | None = None
@@ -78,7 +78,7 @@ class Merge:
         if server in self._outcomes:
             return
         self._outcomes[server] = _Outcome(reason, words, status, body)
-        if self._progress is not None and self.begun:
+        if self._progress is not None:
             self.feed(server, b"\n")
             self._say(self._progress.end(server, words if reason is not None else None))
 
@@ -95,7 +95,10 @@ class Merge:
     def _say(self, line: bytes | None) -> None:
         if line is None:
             return
-        self._lines.append(line)
+        found = _SUBJECT.search(line)
+        subject = found[0] if found is not None else line
+        self._lines.pop(subject, None)
+        self._lines[subject] = line
         self._news.set()
         if not self.begun:
             self.begun = True
@@ -113,7 +116,7 @@ class Merge:
         ]
         unsent = serialize_response(200, head)
         while True:
-            lines = b"".join(self._lines)
+            lines = b"".join(self._lines.values())
             self._lines.clear()
             if self.ended:
                 lines += self._closing()
@@ -130,8 +133,6 @@ class Merge:
     def _closing(self) -> bytes:
         if self._aborted is not None or self._progress is None:
             return error_body(self._request.shape, 500, self._aborted or "") + b"\n"
-        for name, outcome in self._outcomes.items():  # those that had ended before the first line
-            self._progress.end(name, outcome.words if outcome.reason is not None else None)
         return self._progress.closing()
 
     def answer(self) -> LocalAnswer:

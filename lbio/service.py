@@ -141,6 +141,7 @@ async def start(
             front = Front(driver)
             tasks.start_soon(driver.run_timer)
             tasks.start_soon(driver.sweep_pools)
+            tasks.start_soon(driver.watch_builds)
             tasks.start_soon(listener.accept_forever, lambda stream: tasks.start_soon(front.serve, stream))
             try:
                 yield Service(app, driver, front, listener.addresses)
@@ -174,9 +175,9 @@ _Signals = AsyncIterator[signal.Signals] | None
 
 @contextlib.contextmanager
 def _receiving_signals() -> Iterator[_Signals]:
-    """Receive SIGTERM and SIGINT from now on; None where the event loop cannot (Windows: Ctrl-C raises instead)."""
+    """Receive what ends the program from now on; None where the event loop cannot (Windows: Ctrl-C raises instead)."""
     try:
-        receiver = anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM)
+        receiver = anyio.open_signal_receiver(*_signals())
         signals = receiver.__enter__()
     except NotImplementedError:
         yield None
@@ -185,6 +186,14 @@ def _receiving_signals() -> Iterator[_Signals]:
         yield signals
     finally:
         receiver.__exit__(None, None, None)
+
+
+def _signals() -> list[signal.Signals]:
+    """Return what ends the program: a terminal that is closed does, unless it was started so that it would not."""
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return signals
 
 
 async def _until_told(service: Service, signals: _Signals) -> None:

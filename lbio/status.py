@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lbcore.balancer import LoadBalancer
+from lbcore.catalog import builds
 from lbcore.records import Server, ServerModel
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.units import counted
@@ -20,6 +21,7 @@ def status(balancer: LoadBalancer, totals: Totals, now_ns: int) -> dict[str, Any
     ledger = balancer.ledger
     return {
         "servers": [server_status(server, now_ns) for server in balancer.fleet],
+        "warnings": different_builds(balancer.fleet),
         "requests": len(ledger.requests),
         "queued": len(ledger.queue),
         "attempts": len(ledger.attempts),
@@ -32,6 +34,15 @@ def status(balancer: LoadBalancer, totals: Totals, now_ns: int) -> dict[str, Any
             "late_events": ledger.late_events,
         },
     }
+
+
+def different_builds(servers: Iterable[Server]) -> list[str]:
+    """Return what is worth a warning: models of one name that are not the same everywhere."""
+    return [
+        f"{name} is not the same everywhere: "
+        + "; ".join(f"{digest[:12]} on {', '.join(names)}" for digest, names in digests.items())
+        for name, digests in builds(servers).items()
+    ]
 
 
 def server_status(server: Server, now_ns: int) -> dict[str, Any]:
@@ -89,7 +100,8 @@ def as_table(told: dict[str, Any]) -> str:
         f"now: {counted(told['requests'], 'request')} ({told['queued']} queued), "
         f"{counted(told['attempts'], 'attempt')} ({counted(told['retries'], 'retry')})"
     )
-    return f"{lines}\n\n{now}\n{_since_start(told['since_start'])}\n"
+    warnings = "".join(f"warning: {text}\n" for text in told["warnings"])
+    return f"{lines}\n\n{now}\n{_since_start(told['since_start'])}\n{warnings}"
 
 
 def _since_start(told: dict[str, Any]) -> str:

@@ -104,3 +104,18 @@ def test_the_list_of_loaded_models_does_not_depend_on_the_order_of_the_servers()
         lists.add(catalog.ps_json(servers))
     assert len(lists) == 1
     assert [entry["name"] for entry in json.loads(lists.pop())["models"]] == ["m", "n"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/v1/models/m", "/v1/models/:model"),
+        ("/v1/models/m:7b", "/v1/models/:model"),
+        ("/v1/models", "/v1/models"),
+        ("/v1/models/", "*"),
+        ("/v1/models/a/b", "*"),
+        ("/api/chat/x", "*"),
+    ],
+)
+def test_a_route_with_a_name_in_its_path_takes_exactly_one_more_part(path: str, name: str) -> None:
+    assert find_route(path).name == name

@@ -1,6 +1,7 @@
 """The management endpoints: what the fleet is, changing it, and who may."""
 
 import contextlib
+import dataclasses
 import json
 import socket
 from typing import Any
@@ -226,6 +227,7 @@ async def test_a_server_that_failed_can_be_added_later() -> None:
     ({"url": "http://x/path"}, "url"),
     ({"url": "http://x\r\nA: b"}, "url"),
     ({"url": "http://x", "name": 5}, "name"),
+    ({"url": "http://x", "name": []}, "name"),
     ({"url": "http://x", "name": "a\nb"}, "name"),
     ({"url": "http://x", "nmae": "x"}, "nmae"),
 ])  # fmt: skip
@@ -406,3 +408,19 @@ async def test_a_member_that_is_half_an_emoji_is_unknown() -> None:
         answer = await add(rig, b'{"url":"http://x","\\ud800":1}')
     assert answer.status == 400
     assert r'unknown member "\ud800"' in error_of(answer)
+
+
+async def test_status_and_log_warn_of_models_that_are_not_the_same_everywhere(caplog: pytest.LogCaptureFixture) -> None:
+    other = specs("b", models=(dataclasses.replace(TINY, digest="f" * 64),))
+    with caplog.at_level("WARNING"):
+        async with balanced([*specs("a"), *other], log={"level": "warning"}) as rig:
+            told = body_of(await rig.ask("GET", "/status"))["warnings"]
+            assert len(told) == 1
+            assert told[0].startswith("tiny:latest is not the same everywhere: ")
+            assert "ffffffffffff on b" in told[0]
+            raw = b"GET /status HTTP/1.0\r\nHost: localhost\r\nAccept: text/plain\r\n\r\n"
+            table = parse(await rig.exchange([raw]))
+            assert f"warning: {told[0]}" in table.body.decode()
+            with anyio.fail_after(5):
+                while told[0] not in caplog.messages:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)

@@ -185,3 +185,36 @@ def test_no_body_becomes_many_objects(body: bytes) -> None:
 def test_half_an_emoji_does_not_hide_the_model_of_a_large_body() -> None:
     found = facts({"model": "m", "messages": [{"content": "\ud83d", "images": ["A" * 1_000_000]}]})
     assert (found.model, found.kind) == ("m", GEN)
+
+
+# --- forms -------------------------------------------------------------------------------------------------------
+
+FORM = b"multipart/form-data; boundary=x"
+
+
+def form(*fields: bytes) -> bytes:
+    """Return a form with these fields, each its headers and its value."""
+    return b"".join(b"--x\r\nContent-Disposition: " + field + b"\r\n" for field in fields) + b"--x--\r\n"
+
+
+RECORDING = b'form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav\r\n\r\n' + b"\0\xff\r\n" * 1000
+
+
+@pytest.mark.parametrize(
+    ("body", "model"),
+    [
+        (form(b'form-data; name="model"\r\n\r\nwhisper', RECORDING), "whisper"),
+        (form(RECORDING, b'form-data; name="model"\r\n\r\nwhisper:1'), "whisper:1"),
+        (form(RECORDING, b"form-data; name=model\r\nContent-Type: text/plain\r\n\r\nwhisper"), "whisper"),
+        (form(b'form-data; name="model"\r\n\r\n'), None),
+        (form(b'form-data; name="model_name"\r\n\r\nwhisper'), None),
+        (form(b'form-data; name="model"\r\n\r\n' + b"m" * 5000), None),
+        (form(RECORDING), None),
+        (b"form-data" * 100_000, None),
+        (b"", None),
+    ],
+)
+def test_the_model_of_a_form_is_its_field_wherever_it_stands(body: bytes, model: str | None) -> None:
+    facts = read_facts(find_route("/v1/audio/transcriptions"), "POST", body, FORM)
+    assert facts.model == model
+    assert not facts.stream

@@ -203,26 +203,29 @@ servers
   far:443  https://far:443    4 slots a model, at most 8 in flight
 
 routes
-  /                     local
-  /api/version          aggregate
-  /api/tags             aggregate
-  /api/ps               aggregate
-  /api/show             sequential
-  /api/chat             race: 1 racer, up to 2 within the budget; 1 hedge; winner most-tokens within 2s
-  /api/generate         hedge: 1 hedge; winner most-tokens within 2s
-  /v1/chat/completions  sequential
-  /v1/completions       sequential
-  /v1/responses         sequential
-  /v1/messages          sequential
-  /api/embed            sequential
-  /api/embeddings       sequential
-  /v1/embeddings        sequential
-  /api/pull             broadcast
-  /api/create           broadcast
-  /api/push             sequential
-  /api/copy             broadcast
-  /api/delete           broadcast
-  *                     sequential
+  /                         local
+  /api/version              aggregate
+  /api/tags                 aggregate
+  /api/ps                   aggregate
+  /v1/models                aggregate
+  /v1/models/:model         aggregate
+  /api/show                 sequential
+  /api/chat                 race: 1 racer, up to 2 within the budget; 1 hedge; winner most-tokens within 2s
+  /api/generate             hedge: 1 hedge; winner most-tokens within 2s
+  /v1/chat/completions      sequential
+  /v1/completions           sequential
+  /v1/responses             sequential
+  /v1/messages              sequential
+  /api/embed                sequential
+  /api/embeddings           sequential
+  /v1/embeddings            sequential
+  /v1/audio/transcriptions  sequential
+  /api/pull                 broadcast
+  /api/create               broadcast
+  /api/push                 sequential
+  /api/copy                 broadcast
+  /api/delete               broadcast
+  *                         sequential
 
 warning: servers[1]: verify = false: whoever answers at https://far:443 is trusted
 """
