@@ -159,7 +159,7 @@ def _parse_addition(body: bytes) -> ServerSettings | LocalAnswer:
     unknown = [key for key in given if key not in {"url", "name"}]
     if unknown:
         return _error(400, f"unknown member {quote(unknown[0])}; send {example}")
-    name = given.get("name") or ""
+    name = "" if given.get("name") is None else given["name"]
     if not isinstance(name, str):
         return _error(400, f"name: {json.dumps(name)} is not a text; send {example}")
     try:

@@ -16,8 +16,9 @@ from lbio.streams import close_now
 
 _T = TypeVar("_T")
 _WRITE_BYTES = 65536
-"""A client must take this much within the write timeout, or it counts as gone."""
+"""What is sent in one go: between two of them, others have their turn."""
 _PIPELINED_BYTES_MAX = 65536
+_LOOK_S = 1.0  # how often a client that has sent more than that is looked for
 _LINGER_S = 0.5
 _LINGER_BYTES_MAX = 256 << 10
 _DISCARD_S = 30.0  # as nginx does (lingering_time, lingering_timeout)
@@ -169,7 +170,9 @@ class ClientStream:
                 buffered += await self._stream.receive()
             except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
                 return
-        await anyio.sleep_forever()
+        # The rest of it stays unread, so that the client feels it. Its end comes behind that, and no event tells of it.
+        while not (isinstance(self._stream, SocketStream) and self._stream.has_peer_ended()):  # noqa: ASYNC110
+            await anyio.sleep(_LOOK_S)
 
     # --- writing -------------------------------------------------------------------------------------------
 
@@ -189,15 +192,28 @@ class ClientStream:
             return
         self.writing = True
         try:
-            while at < len(data):
-                with anyio.fail_after(self._write_timeout_s):
-                    await self._stream.send(data[at : at + _WRITE_BYTES])
-                at += _WRITE_BYTES
-        except TimeoutError as error:
-            raise ClientGone(f"the client has not read for {self._write_timeout_s:g} s") from error
+            for begin in range(at, len(data), _WRITE_BYTES):
+                await self._send(data[begin : begin + _WRITE_BYTES])
         except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
             raise ClientGone(str(error)) from error
         self.writing = False
+
+    async def _send(self, data: bytes) -> None:
+        """Send all of `data`, however slowly the client reads, as long as it does."""
+        while data:
+            sent, taken = self._progress()
+            with anyio.move_on_after(self._write_timeout_s):
+                await self._stream.send(data)
+                return
+            sent_now, taken_now = self._progress()
+            if (sent_now, taken_now) == (sent, taken):
+                raise ClientGone(f"the client has not read for {self._write_timeout_s:g} s")
+            data = data[sent_now - sent :]
+
+    def _progress(self) -> tuple[int, int]:
+        """How much was ever sent to the client, and how much of it has arrived."""
+        stream = self._stream
+        return (stream.bytes_sent, stream.bytes_taken) if isinstance(stream, SocketStream) else (0, 0)
 
     # --- the end -------------------------------------------------------------------------------------------
 

@@ -220,6 +220,8 @@ def _check_target(method: str, target: str) -> None:
         return
     if not _origin_form(target).startswith("/") or "#" in target:
         raise HttpError(400, f"the request target must be a path or an absolute URL, not {target[:100]!r}")
+    if not target.isascii():
+        raise HttpError(400, f"the request target must be ASCII, the rest percent-encoded, not {target[:100]!r}")
 
 
 def _origin_form(target: str) -> str:

@@ -6,6 +6,7 @@ they would block. Works on asyncio, uvloop and trio; on Windows anyio's `wait_re
 """
 
 import contextlib
+import select
 import socket
 import struct
 import sys
@@ -17,6 +18,10 @@ from typing import Any, Final
 import anyio
 import anyio.lowlevel
 from anyio.abc import ByteStream, SocketAttribute
+
+if sys.platform == "linux":
+    import fcntl
+    import termios
 
 RECEIVE_BYTES: Final = 16384
 """What is received at once, and so worked on without a pause, however small the pieces are that it consists of."""
@@ -193,6 +198,31 @@ class SocketStream(Stream):
             raise anyio.BrokenResourceError(str(error)) from error
         self.bytes_sent += sent
         return sent
+
+    @property
+    def bytes_taken(self) -> int:
+        """How much of `bytes_sent` the peer's system has acknowledged; where that is not told, what ours has taken.
+
+        A peer that reads a little at a time shows here long before there is room to send again.
+        """
+        if sys.platform == "linux" and not self._watched.closed:
+            with contextlib.suppress(OSError):
+                unsent = fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(struct.calcsize("i")))
+                return self.bytes_sent - int(struct.unpack("i", unsent)[0])
+        return self.bytes_sent
+
+    def has_peer_ended(self) -> bool:
+        """Tell whether the peer has ended or broken the stream, though bytes before that are unread (on Linux only).
+
+        Not while more of them is under way than the system's buffer takes: the end comes behind them.
+        """
+        if self._watched.closed:
+            return True
+        if sys.platform != "linux":
+            return False
+        poll = select.poll()
+        poll.register(self._sock, select.POLLRDHUP)  # which errors and hang-ups are told of besides
+        return bool(poll.poll(0))
 
     async def _yield(self) -> None:
         """Give the other tasks a turn (and cancellation a chance): a fast peer must not hold the loop."""

@@ -2,11 +2,14 @@
 
 import json
 import re
+import socket
+import sys
 from typing import Any
 
 import anyio
 import pytest
 
+from lbio.streams import SocketStream
 from simulator.faults import Fault, FaultKind
 from tests.lbio.kit import LIMIT_S, NDJSON, Rig, balanced, chat_request, client, line, scripted, specs
 from tests.lbio.malformed import BEGINNINGS, CHUNKED_BODIES, REQUEST_HEADS
@@ -84,6 +87,20 @@ async def test_a_client_that_leaves_inside_its_body_never_reaches_a_server() -> 
         await serves(rig)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of an end that comes behind unread bytes")
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+async def test_a_client_that_sends_a_flood_of_requests_and_leaves_frees_the_server() -> None:
+    async with balanced(specs("a", first_token_ms=30_000)) as rig:
+        async with client(rig) as leaver:
+            await leaver.send(chat_request(close=False))
+            await until(lambda: rig.fleet[0].stats.concurrent == 1)
+            await leaver.send(request("GET", "/", close=False) * (100_000 // len(request("GET", "/", close=False))))
+            await anyio.sleep(0.1)
+            assert rig.fleet[0].stats.aborted == 0
+        assert await left_behind(rig) < 2
+        await until(lambda: not rig.service.front.connections)
+
+
 async def test_a_client_that_sends_its_next_request_early_has_not_left() -> None:
     async with balanced(specs("a", first_token_ms=50)) as rig, client(rig) as eager:
         await eager.send(chat_request(close=False))
@@ -121,6 +138,24 @@ async def test_a_client_that_does_not_read_is_cut_after_the_write_timeout() -> N
         await until(lambda: server.closed_by_peer == 1)
         await until(lambda: rig.n_requests == 0)
         assert rig.healths() == healths
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what of it has arrived")
+async def test_a_client_that_reads_little_is_not_one_that_reads_nothing() -> None:
+    async with scripted(client={"write_timeout": "150ms"}) as (rig, (server,)):
+        endless(server)
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+            sock.connect(rig.service.addresses[0])
+            slow = SocketStream(sock)
+            await slow.send(chat_request())
+            for _ in range(60):  # far less in all this time than must be read before there is room to write again
+                await slow.receive(4096)
+                await anyio.sleep(0.02)
+            assert (server.closed_by_peer, rig.n_requests) == (0, 1)
+            begun = anyio.current_time()
+            await until(lambda: rig.n_requests == 0)
+            assert anyio.current_time() - begun > 0.1
 
 
 async def test_the_silence_of_a_server_that_is_not_read_is_not_its_own() -> None:

@@ -74,6 +74,14 @@ async def test_the_server_is_told_who_asks(forwarded: str, name: str, alone: str
         assert [value for found, value in server.headers() if found == name] == [after]
 
 
+async def test_the_server_is_told_what_it_came_through() -> None:
+    async with scripted() as (rig, (server,)):
+        await rig.send(with_headers("Via: 1.0 nginx"))
+        assert [value for name, value in server.headers() if name == "via"] == [
+            f"1.0 nginx, 1.1 {rig.service.driver.via}"
+        ]
+
+
 async def test_the_server_is_not_told_who_asks_when_that_is_configured() -> None:
     async with scripted(proxy={"forwarded": "none"}) as (rig, (server,)):
         await rig.chat()

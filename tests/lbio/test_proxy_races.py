@@ -91,6 +91,8 @@ async def test_what_the_attempt_still_reads_after_it_was_chosen_is_not_lost(monk
     async def reading_on(run: AttemptRun) -> None:
         await left(run)
         assert run.answer is not None
+        if run.answer.ended:  # on a machine so slow that all had come by then
+            return
         payload = await run.answer.read()
         run.answer.watcher.feed(payload)
         run.answer.held += payload

@@ -196,8 +196,11 @@ def greeted(process: subprocess.Popen[str]) -> str:
     return line.split()[-1]
 
 
+HANG_UP = [] if sys.platform == "win32" or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+
+
 @POSIX
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, *HANG_UP])
 def test_a_signal_ends_it_with_0(number: signal.Signals) -> None:
     with running("-l", "127.0.0.1:0", "-s", f"http://127.0.0.1:{free_port()}=gone") as process:
         url = greeted(process)
@@ -207,6 +210,23 @@ def test_a_signal_ends_it_with_0(number: signal.Signals) -> None:
         assert process.wait(timeout=10) == 0
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
+
+
+@POSIX
+def test_a_terminal_that_is_closed_does_not_end_what_was_started_with_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # children inherit it, as those of nohup do
+    try:
+        process = running("-l", "127.0.0.1:0", "-s", f"http://127.0.0.1:{free_port()}=gone")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with process:
+        url = greeted(process)
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310
+            assert answer.read() == b"Ollama is running"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 0
 
 
 class Hanging(http.server.BaseHTTPRequestHandler):

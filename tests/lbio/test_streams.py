@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,37 @@ async def test_a_full_buffer_takes_partial_sends() -> None:
             assert 0 < client.bytes_sent < len(BIG)
             assert await receive_all(server) == BIG
         assert client.bytes_sent == len(BIG)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+async def test_what_the_peer_has_taken_shows_before_there_is_room_to_send_again() -> None:
+    async with tcp_pair() as (client, server):
+        with anyio.move_on_after(0.1):
+            await client.send(BIG * 4)
+        sent, taken = client.bytes_sent, client.bytes_taken
+        assert 0 < taken < sent
+        for _ in range(8):
+            await server.receive(65536)
+        await anyio.sleep(0.01)
+        assert client.bytes_taken > taken
+        client.close()
+        assert client.bytes_taken == client.bytes_sent == sent
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+@pytest.mark.parametrize("how", ["send_eof", "close", "abort"])
+async def test_an_end_shows_though_there_are_bytes_before_it(how: str) -> None:
+    async with tcp_pair() as (client, server):
+        await client.send(b"unread")
+        await anyio.sleep(0.01)
+        assert not server.has_peer_ended()
+        if how == "send_eof":
+            await client.send_eof()
+        else:
+            getattr(client, how)()
+        await anyio.sleep(0.01)
+        assert server.has_peer_ended()
+        assert client.has_peer_ended() is (how != "send_eof")
 
 
 async def test_send_nowait_says_how_much_it_took() -> None:
