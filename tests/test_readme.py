@@ -5,6 +5,7 @@ The commands that need servers run against the demo fleet, on another port and w
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import signal
@@ -178,10 +179,14 @@ def test_status_is_a_table(demo: str) -> None:
 
 
 def test_management_commands_answer_as_described(demo: str) -> None:
-    added, removed, synced = [_curl(command, demo).stdout for command in AGAINST_THE_DEMO[1:]]
+    added, removed, synced = [_curl(command, demo).stdout for command in AGAINST_THE_DEMO[1:4]]
     assert "not added" in added  # there is no gpu3 here
     assert "no server called 'gpu3'" in removed
     assert '"servers":4' in synced
+
+
+def test_a_server_that_is_named_gives_its_own_view(demo: str) -> None:
+    assert json.loads(_curl(AGAINST_THE_DEMO[4], demo).stdout)["models"]
 
 
 def test_the_line_that_the_demo_prints_works(tmp_path: Path) -> None:
