@@ -134,6 +134,7 @@ class FakeOllama:
         self.disk: dict[str, FakeModel] = {
             model_key(m.name): replace(m, name=canonical_name(m.name)) for m in spec.models
         }
+        self.blobs: dict[str, int] = {}  # uploaded: digest, bytes
         self.runners: dict[str, Runner] = {}
         self.pending: deque[Job] = deque()  # the cold queue
         self.current: Job | None = None  # taken off it, in need of room for its model

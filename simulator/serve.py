@@ -22,6 +22,7 @@ from anyio.abc import TaskGroup
 
 from lbio.http1 import (
     LAST_CHUNK,
+    Framing,
     HttpError,
     IncompleteBody,
     Reader,
@@ -34,8 +35,10 @@ from lbio.streams import TCP, Listener, Network, Stream
 from simulator.fake_ollama import FakeSpec
 from simulator.fakes.answers import http_date
 from simulator.fakes.api import Generation, HeaderPairs, Lines, Reply, Request, fault_reply, generates, handle
+from simulator.fakes.blobs import digested, is_blob, reads_blob
 from simulator.fakes.live import Abort, Cut, LiveFake, Progress, Stats, now_ns
 from simulator.fakes.recite import recite
+from simulator.fakes.replies import Upload
 from simulator.faults import Fault, FaultKind
 
 __all__ = ["Abort", "FakeServer", "Stats", "now_ns", "serve_fleet"]
@@ -44,9 +47,11 @@ HEAD_BYTES_MAX = 65_536
 BODY_BYTES_MAX = 256 * 1024 * 1024
 GO_BUFFER_BYTES = 2048  # Go gives an answer a Content-Length if all of it fits in here
 PIPELINED_BYTES_MAX = 1024 * 1024  # a client that sends more while it waits is no longer watched
+RST_AVOIDANCE_S = 0.5  # as Go
 REBIND_TRIES = 50
 REBIND_PAUSE_S = 0.1
 
+_Body = bytes | Upload | None
 _LEFT = (anyio.BrokenResourceError, anyio.EndOfStream)  # by the client
 _GONE = (*_LEFT, anyio.ClosedResourceError, IncompleteBody)
 _HANGS = frozenset({FaultKind.HANG, FaultKind.HANG_CHAT})
@@ -70,7 +75,7 @@ def _head(status: int, headers: HeaderPairs, wall_ns: int, *, length: int | None
 def _whole(reply: Reply, wall_ns: int, *, head_only: bool, close: bool) -> bytes:
     """Return a complete answer: with its length if Go's buffer holds it, else chunked."""
     chunked = reply.chunked or len(reply.body) > GO_BUFFER_BYTES
-    length = None if chunked or reply.status == 204 else len(reply.body)
+    length = None if chunked or reply.status == 204 or (head_only and not reply.body) else len(reply.body)
     chunked = chunked and not head_only
     head = _head(reply.status, reply.headers, wall_ns, length=length, chunked=chunked, close=close)
     if head_only:
@@ -373,10 +378,12 @@ class FakeServer:
         try:
             while (raw := await reader.read_head(HEAD_BYTES_MAX, role="request")) is not None:
                 head = parse_request_head(raw)
-                if head.expect_continue:
-                    await stream.send(serialize_response(100, []))
-                exchange = self._exchange(stream, reader, head, await reader.read_body(head, BODY_BYTES_MAX))
+                body = await self._body(stream, reader, head)
+                exchange = self._exchange(stream, reader, head, body)
                 await _answer(exchange)
+                if body is None:  # a close now would reset the connection, and the answer with it
+                    await stream.send_eof()
+                    await anyio.sleep(RST_AVOIDANCE_S)
                 if exchange.close:
                     break
         except HttpError as error:
@@ -391,7 +398,16 @@ class FakeServer:
             life.streams.discard(stream)
             self.stats.connections -= 1
 
-    def _exchange(self, stream: Stream, reader: Reader, head: RequestHead, body: bytes) -> _Exchange:
+    async def _body(self, stream: Stream, reader: Reader, head: RequestHead) -> _Body:
+        """Read the body; of a blob only its digest is kept, and one that is not looked at stays unread: None."""
+        blob = head.method == "POST" and is_blob(head.path) and head.framing is not Framing.NONE
+        if blob and not reads_blob(self.live.fake, head.path):
+            return None
+        if head.expect_continue:
+            await stream.send(serialize_response(100, []))
+        return await (digested(reader.body_chunks(head)) if blob else reader.read_body(head, BODY_BYTES_MAX))
+
+    def _exchange(self, stream: Stream, reader: Reader, head: RequestHead, body: _Body) -> _Exchange:
         self._serial += 1
         self.stats.requests[head.path] += 1
         origin = head.header(b"origin")
@@ -400,9 +416,11 @@ class FakeServer:
             path=head.path,
             host=(head.header(b"host") or b"").decode("latin-1"),
             origin=None if origin is None else origin.decode("latin-1"),
-            body=body,
+            body=body if isinstance(body, bytes) else b"",
+            upload=body if isinstance(body, Upload) else None,
         )
-        return _Exchange(stream, reader, request, self._serial, self.live, close=not head.keep_alive)
+        close = body is None or not head.keep_alive
+        return _Exchange(stream, reader, request, self._serial, self.live, close=close)
 
 
 @contextlib.asynccontextmanager

@@ -2,7 +2,8 @@
 
 `handle` gives a `Reply`, complete; or a `Generation`: a job for the scheduler and the answer to be made once
 it has started; or `Lines`, which come in their time. The recordings in tests/captures are the reference;
-`simulator.fakes.bodies` reads the bodies, `simulator.fakes.manage` answers what changes the models on disk.
+`simulator.fakes.bodies` reads the bodies, `simulator.fakes.manage` answers what changes the models on disk,
+`simulator.fakes.blobs` takes the files of which models are made.
 """
 
 import ipaddress
@@ -13,6 +14,7 @@ from typing import Any
 
 from simulator.fake_ollama import FakeModel, FakeOllama, Job, Work, canonical_name
 from simulator.fakes.answers import DIALECTS, RUNNER_DIED, Answer, Api, Timing, go_json, hex_id, rfc3339
+from simulator.fakes.blobs import head_blob, is_blob, take_blob
 from simulator.fakes.bodies import ApiError, Wish, named, parse, wish
 from simulator.fakes.listings import ps_line, shown, tags_line, v1_line
 from simulator.fakes.manage import copy, create, delete, pull, push
@@ -325,9 +327,12 @@ _ROUTES: dict[str, dict[str, Handler]] = {
     "/v1/models": {"GET": _v1_models},
 }
 _V1_MODEL: dict[str, Handler] = {"GET": _v1_model}
+_BLOB: dict[str, Handler] = {"HEAD": head_blob, "POST": take_blob}
 
 
 def _methods(path: str) -> Mapping[str, Handler] | None:
     if path.startswith("/v1/models/") and len(path) > len("/v1/models/"):
         return _V1_MODEL
+    if is_blob(path):
+        return _BLOB
     return _ROUTES.get(path)

@@ -120,9 +120,9 @@ class LiveFake:
 
     def reset(self) -> None:
         """Begin anew, as a restarted server does; faults and figures stay, and so does the disk."""
-        disk = self.fake.disk
+        disk, blobs = self.fake.disk, self.fake.blobs
         self.fake = FakeOllama(self.spec, now_ns())
-        self.fake.disk = disk
+        self.fake.disk, self.fake.blobs = disk, blobs
         self._waiters.clear()
         self._effect = NO_EFFECT
         self.effect()

@@ -4,7 +4,7 @@ A name with "nope" in it is one that no registry has; all others can be pulled. 
 pull_unreachable, push_unknown, create_from and others); a pull takes as long as its server takes to load a model.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ _CREATING = ("system", "template", "license", "parameters", "messages", "adapter
 
 
 class _RegistryError(Exception):
-    """The registry does not have it, or cannot be reached."""
+    """The registry, or the disk, does not have it, or cannot be reached."""
 
 
 # --- transfers ---------------------------------------------------------------------------------------------------
@@ -108,10 +108,15 @@ def _registry_parts(name: str) -> tuple[str, str, str]:
 
 
 def create(fake: FakeOllama, request: Request, moment: Moment) -> Lines:
-    """Make a model from another one; from files is not faked, since there are no blobs."""
+    """Make a model from another one, or from files that were uploaded as blobs (`{name: digest}`)."""
     body = parse(request.body, "CreateRequest")
     name = named(body, "invalid model name")
-    source = text_field(body, "from")
+    source, files = text_field(body, "from"), body.get("files")
+    if not source and isinstance(files, dict) and files:
+        digests = [str(each) for each in files.values()]
+        size = sum(fake.blobs.get(each, 0) for each in digests)
+        made = FakeModel(canonical_name(name), size_bytes=size, modified_at=rfc3339(moment.wall_ns))
+        return _lines(body, _import_steps(fake, digests, made, body), made)
     if not source:
         raise ApiError(400, "neither 'from' or 'files' was specified")
     base = fake.find(source) or _pulled(fake, source, moment)
@@ -123,6 +128,23 @@ def _create_steps(fake: FakeOllama, source: str, base: FakeModel, body: Mapping[
     if fake.find(source) is None:
         yield from _pull_steps(fake, source, base)
     yield _said(f"using existing layer sha256:{_blob(base, 'model')}")
+    yield from _finishing_steps(base, body)
+
+
+def _import_steps(
+    fake: FakeOllama, digests: Iterable[str], made: FakeModel, body: Mapping[str, Any]
+) -> Iterator[Step]:
+    """Yield the lines of a model made of GGUF files (Ollama's server/create.go). Raises _RegistryError."""
+    for each in digests:
+        yield _said("parsing GGUF")
+        if each not in fake.blobs:
+            raise _RegistryError(f"open /models/blobs/{each.replace(':', '-')}: no such file or directory")
+    for each in digests:
+        yield _said(f"using existing layer {each}")
+    yield from _finishing_steps(made, body)
+
+
+def _finishing_steps(base: FakeModel, body: Mapping[str, Any]) -> Iterator[Step]:
     for field in _CREATING:
         if body.get(field):
             sha = hex_id("layer", field, go_json(body[field]), digits=64)

@@ -14,6 +14,13 @@ JSON: HeaderPairs = ((b"Content-Type", b"application/json"),)
 NDJSON: HeaderPairs = ((b"Content-Type", b"application/x-ndjson"),)
 
 
+class Upload(NamedTuple):
+    """What is kept of the body of a blob (`simulator.fakes.blobs`)."""
+
+    digest: str  # "sha256:…"
+    n_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A request as far as Ollama looks at it."""
@@ -23,6 +30,7 @@ class Request:
     host: str = "localhost"
     origin: str | None = None
     body: bytes = b""
+    upload: Upload | None = None  # in place of the body
 
 
 class Moment(NamedTuple):

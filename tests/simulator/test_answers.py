@@ -18,12 +18,12 @@ NOW = Moment(now_ns=0, wall_ns=1_795_471_120 * S, serial=1)
 HELLO: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
 
 
-def ask(method: str, path: str, body: object = None, **about: str) -> Reply | Generation | Lines:
+def ask(method: str, path: str, body: object = None, **about: Any) -> Reply | Generation | Lines:
     data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     return handle(FakeOllama(SPEC, 0), Request(method, path, body=data, **about), NOW)
 
 
-def reply(method: str, path: str, body: object = None, **about: str) -> Reply:
+def reply(method: str, path: str, body: object = None, **about: Any) -> Reply:
     answer = ask(method, path, body, **about)
     assert isinstance(answer, Reply)
     return answer
