@@ -49,6 +49,7 @@ _OPTION_BYTES_MAX = 32  # the longest number or word that a runner option can be
 _NAME_BYTES_MAX = 12 * MODEL_CHARS_MAX  # each character written as two escapes
 _LENIENT_BYTES_MAX = 256 << 10  # larger bodies are decoded strictly: objects take many times the memory of their text
 _FIELD_BYTES_MAX = 1024 + 4 * MODEL_CHARS_MAX  # of a form: its headers, its value and what follows
+_FIELDS_MAX = 64  # of a form that are looked at: of many millions, that would take minutes
 _MODEL_FIELD = re.compile(
     rb'form-data;[ \t]*name="?model"?[ \t]*\r\n(?:[^\r\n]++\r\n)*+\r\n([^\r\n]*+)\r\n--', re.IGNORECASE
 )
@@ -80,7 +81,10 @@ def read_facts(route: Route, method: str, body: bytes, content_type: bytes = b""
 def _form_model(body: bytes) -> str | None:
     """Return the field `model` of a form, without taking the form apart: the rest is a recording of many megabytes."""
     at = -1
-    while (at := body.find(b"form-data", at + 1)) >= 0:
+    for _ in range(_FIELDS_MAX):
+        at = body.find(b"form-data", at + 1)
+        if at < 0:
+            break
         field = _MODEL_FIELD.match(body, at, at + _FIELD_BYTES_MAX)
         if field is not None:
             name = field[1].decode(errors="replace").strip()
