@@ -168,6 +168,20 @@ def _text(value: Any, _: Setting) -> str:
     return value
 
 
+def _texts(value: Any, declared: Setting) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise RefusedError("is not a list", f"write it in brackets: [{quote(value)}]")
+    if not isinstance(value, list | tuple):
+        raise RefusedError("is not a list of text", 'write texts in quotes and brackets, such as ["a", "b"]')
+    texts = []
+    for each in value:
+        try:
+            texts.append(_text(each, declared))
+        except RefusedError as error:
+            raise RefusedError(f"has {show(each)} in it, which {error.message}", error.fix) from None
+    return tuple(texts)
+
+
 _PARSERS: Mapping[Kind, Callable[[Any, Setting], Any]] = {
     Kind.DURATION: lambda value, _: parse_duration(value),
     Kind.SIZE: lambda value, _: parse_size(value),
@@ -176,6 +190,7 @@ _PARSERS: Mapping[Kind, Callable[[Any, Setting], Any]] = {
     Kind.FLAG: _flag,
     Kind.CHOICE: _choice,
     Kind.TEXT: _text,
+    Kind.TEXTS: _texts,
 }
 
 _HIGHEST: Mapping[Kind, float] = {

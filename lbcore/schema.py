@@ -29,6 +29,7 @@ class Kind(StrEnum):
     FLAG = "flag"  # bool
     CHOICE = "choice"  # a StrEnum member
     TEXT = "text"  # str
+    TEXTS = "texts"  # a list of text; held as a tuple of str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -145,6 +146,7 @@ UNIT_NAMES: Mapping[Kind, str] = {
     Kind.FLAG: "true or false",
     Kind.CHOICE: "one of",
     Kind.TEXT: "text",
+    Kind.TEXTS: "list of text",
 }
 
 
@@ -154,6 +156,8 @@ def format_value(kind: Kind, value: Any) -> Any:
         return format_duration(int(value))
     if kind is Kind.SIZE:
         return format_size(int(value))
+    if kind is Kind.TEXTS:
+        return list(value)
     return str(value) if kind is Kind.CHOICE else value
 
 

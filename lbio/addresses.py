@@ -16,6 +16,8 @@ from lbcore.parsing import RefusedError, quote
 LISTEN_FORMS = 'write it as "host:port", "[::1]:port", ":port" or "port"'
 DEFAULT_PORTS: Mapping[str, int] = {"http": 11434, "https": 443}
 
+_WEB_PORTS: Mapping[str, str] = {"http": ":80", "https": ":443"}  # as an origin ends with them
+
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _PORT_MAX = 65535
@@ -151,6 +153,40 @@ def _split_authority(authority: str) -> tuple[str, str]:
     if ":" in host and not host.startswith("["):
         raise RefusedError("has an IPv6 address without brackets", 'write it as "http://[::1]:11434"')
     return host, port
+
+
+_ORIGIN_FIX = 'write "scheme://host" or "scheme://host:port", with * for any text, or "*" for all pages'
+
+
+def parse_origin(text: str) -> str:
+    """Return the origin of a web page, in which one `*` may stand for any text, as browsers write it; "*" is all."""
+    origin = text.strip().lower()
+    if "," in origin:
+        raise RefusedError("has a comma in it", "write each origin as a text of its own")
+    if origin.count("*") > 1:
+        raise RefusedError("has more than one * in it", "write a text for each of them")
+    scheme = _SCHEME.match(origin)
+    if scheme is None and "*" not in origin:
+        named = bool(origin) and not set(origin) & set(" :/")
+        raise RefusedError("has no scheme", f"write {quote('https://' + origin)}" if named else _ORIGIN_FIX)
+    bad = next((char for char in origin if not "!" <= char <= "~"), None)
+    if bad is not None:
+        raise RefusedError(f"has {quote(bad)} in it", "write the host as browsers send it, of ASCII (xn--...)")
+    if scheme is not None:
+        _refuse_unsent(origin, scheme[1], origin[scheme.end():])
+    return origin
+
+
+def _refuse_unsent(origin: str, scheme: str, rest: str) -> None:
+    """Refuse what no browser sends as an origin: one without a host, with a path, or with the scheme's own port."""
+    host, slash, path = rest.partition("/")
+    if not host:
+        raise RefusedError("has no host", _ORIGIN_FIX)
+    if slash:
+        raise RefusedError(f"has {quote(slash + path)} after the host", f"write {quote(f'{scheme}://{host}')}")
+    if scheme in _WEB_PORTS and host.endswith(_WEB_PORTS[scheme]):
+        bare = origin.removesuffix(_WEB_PORTS[scheme])
+        raise RefusedError("names the usual port, which browsers leave out", f"write {quote(bare)}")
 
 
 _NAME_FORBIDDEN = " ,/"

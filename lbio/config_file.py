@@ -16,7 +16,7 @@ from lbcore.config_routes import ROUTE_KEYS, parse_routes
 from lbcore.file_kind import FileKind, other_kind
 from lbcore.parsing import ABSENT, Keys, Problem, RefusedError, parse_table, show
 from lbcore.schema import fields_of, join, keys_of
-from lbio.addresses import Address, parse_listen
+from lbio.addresses import Address, parse_listen, parse_origin
 from lbio.config_servers import (
     SERVER_KEYS,
     Keyed,
@@ -157,6 +157,7 @@ def parse(raw: Mapping[str, Any], overrides: Overrides = NO_OVERRIDES, *, base: 
     app, core = _parse_tables(raw, problems)
     core = _within_flags(core, overrides)
     listen = _parse_listen(app.listen, problems)
+    origins = _parse_origins(app.origins, problems)
     servers = _servers(raw, overrides, problems, warnings, base)
     refuse_loops(servers, listen, problems)
     fleet = _fleet(raw, overrides, servers, problems, warnings)
@@ -169,7 +170,7 @@ def parse(raw: Mapping[str, Any], overrides: Overrides = NO_OVERRIDES, *, base: 
     if problems:
         raise ConfigError(_sorted(problems, raw, flag_of))
     core = dataclasses.replace(core, servers=tuple(server for _, server in servers), routes=routes)
-    app = dataclasses.replace(app, listen=str(listen), core=core, fleet=fleet)
+    app = dataclasses.replace(app, listen=str(listen), origins=origins, core=core, fleet=fleet)
     return dataclasses.replace(app, warnings=(*warnings, *server_warnings(servers), *_app_warnings(app)))
 
 
@@ -226,6 +227,16 @@ def _parse_listen(text: str, problems: list[Problem]) -> Address:
     except RefusedError as error:
         problems.append(Problem("listen", text, error.message, error.fix))
         return parse_listen(DEFAULT_LISTEN)
+
+
+def _parse_origins(texts: Iterable[str], problems: list[Problem]) -> tuple[str, ...]:
+    origins = []
+    for index, text in enumerate(texts):
+        try:
+            origins.append(parse_origin(text))
+        except RefusedError as error:
+            problems.append(Problem(f"origins[{index}]", text, error.message, error.fix))
+    return tuple(origins)
 
 
 def _servers(raw: Mapping[str, Any], overrides: Overrides, problems: list[Problem], warnings: list[str],

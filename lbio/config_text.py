@@ -129,6 +129,8 @@ def _allowed(field: Field, declared: Setting) -> str:
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
     return quote(value) if isinstance(value, str) else show(value)
 
 

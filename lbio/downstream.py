@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import secrets
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from email.utils import formatdate
@@ -16,10 +17,12 @@ from anyio.abc import ByteStream
 from lbcore.config import Strategy
 from lbcore.ollama import Shape, find_route, shape_of
 from lbcore.requests import PIN_HEADER
+from lbio.addresses import parse_listen
 from lbio.admin import Admin
 from lbio.attempt import AttemptRun
 from lbio.bodies import read_facts
 from lbio.client import BodyBudget, ClientGone, ClientStream
+from lbio.cors import NOTHING, Cors, Verdict, is_loopback
 from lbio.driver import Driver
 from lbio.exchange import ClientRequest, Exchange, head_parts
 from lbio.headers import has_passed, upstream_headers
@@ -50,6 +53,8 @@ class Front:
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
         self.admin = Admin(driver)
+        own_name = socket.gethostname().lower() if is_loopback(parse_listen(driver.app.listen).host) else None
+        self._cors = Cors(driver.app.origins, own_name=own_name)
         self.draining = False
         self.bodies = BodyBudget(driver.app.limits.bodies_bytes_max)
         self._boot = secrets.token_hex(2)
@@ -62,6 +67,14 @@ class Front:
         """Return a new request's number, and its name in headers and logs, unlike those before a restart."""
         number = next(self._ids)
         return number, f"{self._boot}-{number}"
+
+    def judge(self, head: RequestHead) -> Verdict:
+        """Tell what a request comes to by the web page that makes it; `admin` is stricter, and judges its own."""
+        origin = head.header(b"origin")
+        if not (origin or self._cors.checks_host) or self.admin.is_admin(head.path):
+            return NOTHING
+        host, methods = head.header(b"host") or b"", find_route(head.path).methods
+        return self._cors.judge(head.method, origin or b"", host, methods)
 
     async def serve(self, stream: ByteStream) -> None:
         """Serve one connection until it ends."""
@@ -112,6 +125,7 @@ class ClientConnection:
         self._front = front
         self._driver = front.driver
         self._is_idle = True  # but for what of a request may have come
+        self._cors_headers: HeaderPairs = ()  # of the answer to this request
         self._is_over = False  # no further request is read
 
     @property
@@ -149,6 +163,7 @@ class ClientConnection:
     async def _serve_one(self) -> bool:
         """Read and answer one request; return whether another may follow."""
         head: RequestHead | None = None
+        self._cors_headers = ()
         try:
             try:
                 raw = await self._client.read_head()
@@ -156,6 +171,8 @@ class ClientConnection:
                     return False
                 self._is_idle = False
                 head = parse_request_head(raw)
+                verdict = self._front.judge(head)
+                self._cors_headers = verdict.headers
                 body = await self._client.read_body(head) if head.framing is not Framing.NONE else b""
             except HttpError as error:
                 self._is_idle = False
@@ -164,6 +181,8 @@ class ClientConnection:
                 answer = error_answer(shape, error.status, error.message, retry_after_s=retry_after_s)
                 await self._respond(answer, None, close=True)
                 return False
+            if verdict.answer is not None:
+                return await self._respond(verdict.answer, head)
             return await self._answer(head, body)
         finally:
             self._client.let_go()
@@ -200,10 +219,12 @@ class ClientConnection:
         self, answer: LocalAnswer, head: RequestHead | None, *, close: bool = False, extra: HeaderPairs = ()
     ) -> bool:
         close = close or self._must_close(head)
-        headers = [*answer.headers, *extra]
+        headers = [*answer.headers, *extra, *self._cors_headers]
         if answer.content_type:
             headers.insert(0, (b"Content-Type", answer.content_type))
-        headers += [(b"Date", formatdate(usegmt=True).encode()), (b"Content-Length", b"%d" % len(answer.body))]
+        headers.append((b"Date", formatdate(usegmt=True).encode()))
+        if answer.status != 204:  # which has no body (RFC 9110 §8.6)
+            headers.append((b"Content-Length", b"%d" % len(answer.body)))
         headers += _connection_header(head, close=close)
         body = b"" if head is not None and head.method == "HEAD" else answer.body
         await self._client.write(serialize_response(answer.status, headers) + body)
@@ -247,7 +268,8 @@ class ClientConnection:
             return await self._respond(merge.answer(), head, extra=ours)
         chunked = head.http_version != "1.0"
         close = self._must_close(head) or not chunked
-        await merge.stream(self._client, (*ours, *_connection_header(head, close=close)), chunked=chunked)
+        ours = (*ours, *self._cors_headers, *_connection_header(head, close=close))
+        await merge.stream(self._client, ours, chunked=chunked)
         return not close
 
     async def _watch(self, exchange: Exchange, whole: anyio.CancelScope) -> None:
@@ -270,7 +292,7 @@ class ClientConnection:
     def _begin_relay(self, exchange: Exchange, run: AttemptRun) -> None:
         if run.answer is not None:
             exchange.relay = Relay(exchange, run, run.answer, self._client, self._driver)
-            ours = ((b"X-Ollama-LB-Server", run.endpoint.name.encode()), *_about(exchange))
+            ours = ((b"X-Ollama-LB-Server", run.endpoint.name.encode()), *_about(exchange), *self._cors_headers)
             exchange.relay.begin(close=self._must_close(exchange.request.head), ours=ours)
 
     async def _refuse(self, exchange: Exchange) -> bool:

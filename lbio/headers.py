@@ -27,6 +27,7 @@ _NOT_UPSTREAM_PLAIN = _NOT_UPSTREAM | {b"accept-encoding"}
 # Host is each server's own; Origin would be refused by an Ollama bound to loopback (design §7.13).
 _NOT_DOWNSTREAM = HOP_BY_HOP | {b"content-length"}
 _OURS = b"x-ollama-lb-"
+_SAID_HERE = (_OURS, b"access-control-")  # see lbio.cors
 
 
 def end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes] | set[bytes]) -> Headers:
@@ -80,7 +81,7 @@ def downstream_headers(
     headers = [
         (canonical(name), value)
         for name, value in end_to_end(head.headers, _NOT_DOWNSTREAM)
-        if not name.startswith(_OURS)
+        if not name.startswith(_SAID_HERE)
     ]
     headers += ours
     framing = head.framing

@@ -46,7 +46,7 @@ def preliminary_answer(head: RequestHead) -> LocalAnswer | None:
         status = 301 if head.method == "GET" else 307
         return LocalAnswer(status, b"", b"", ((b"Location", location.encode()),))
     route = find_route(path)
-    if route.methods and head.method not in route.methods and head.method != "OPTIONS":
+    if route.methods and head.method not in route.methods:
         allow = ", ".join(route.methods).encode()
         return LocalAnswer(405, b"text/plain", b"405 method not allowed", ((b"Allow", allow),))
     return None

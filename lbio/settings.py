@@ -170,6 +170,12 @@ class AppConfig:
         "the address clients use: host:port, [::1]:port, :port or port; port 0 takes a free one. "
         "0.0.0.0 is every IPv4 interface, 127.0.0.1 this machine only",
         DEFAULT_LISTEN)
+    origins: tuple[str, ...] = setting(
+        Kind.TEXTS,
+        "the web pages that may use this API, as OLLAMA_ORIGINS has them: scheme://host[:port], in which one * stands "
+        'for any text, or "*" for all pages. Always allowed: http and https on localhost, 127.0.0.1 and 0.0.0.0 with '
+        "any port; app, file, tauri, vscode-webview and vscode-file with any host. Others get 403",
+        ())
     drain_timeout_ns: int = duration(
         "at SIGTERM, how long answers that are streaming may take to finish before they are cut with an"
         " error line",

@@ -42,6 +42,7 @@ def _toml_value(field: Field) -> st.SearchStrategy[Any]:
         Kind.RATIO: st.floats(low, high if high is not None else 1e6),
         Kind.FLAG: st.booleans(),
         Kind.CHOICE: st.sampled_from([str(choice) for choice in declared.choices or ()]),
+        Kind.TEXTS: st.lists(st.text("abc", max_size=5), max_size=3),
         Kind.TEXT: st.text("abc \\\"'é", max_size=5),
     }
     return by_kind[declared.kind]
@@ -63,6 +64,7 @@ SERVERS = st.lists(_table(ServerSettings, url=st.nothing(), name=st.from_regex(r
     lambda tables: [{**table, "url": f"http://host{index}"} for index, table in enumerate(tables)])
 FILES = st.fixed_dictionaries({}, optional={
     **_sections(Config), **_sections(AppConfig), "listen": st.sampled_from([":1", "gpu:0", "[::1]:5"]),
+    "origins": st.lists(st.sampled_from(["https://a.example", "*", "App://*", "http://*.b:1"]), max_size=3),
     "drain_timeout": st.integers(0, 99), "seed": st.integers(0, 2**63 - 1), "servers": SERVERS,
     "routes": st.fixed_dictionaries({}, optional={
         "/api/chat": RACED, "/v1/messages": RACED, "/api/tags": st.just("sequential"), "*": st.just("sequential")}),

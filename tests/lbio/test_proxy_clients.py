@@ -174,7 +174,7 @@ async def test_the_silence_of_a_server_that_is_not_read_is_not_its_own() -> None
 
 async def test_a_head_that_trickles_gets_408() -> None:
     async with balanced(specs("a"), client={"head_timeout": "60ms"}) as rig:
-        raw = await rig.exchange([b"GET ", b"/ ", b"HTTP/1.1\r\n", b"Host: x\r\n"], pause_s=0.03)
+        raw = await rig.exchange([b"GET ", b"/ ", b"HTTP/1.1\r\n", b"Host: localhost\r\n"], pause_s=0.03)
         assert parse(raw).status == 408
         assert parse(raw).header("Connection") == "close"
         await serves(rig)
@@ -199,7 +199,7 @@ async def test_a_connection_that_is_idle_is_closed_without_a_word() -> None:
 
 async def test_a_body_declared_too_large_gets_413_before_it_is_sent() -> None:
     async with balanced(specs("a"), limits={"body_bytes_max": "1KiB"}) as rig:
-        head = b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: 1025\r\nExpect: 100-continue\r\n\r\n"
+        head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1025\r\nExpect: 100-continue\r\n\r\n"
         answer = parse(await rig.exchange([head]))
         assert answer.status == 413
         assert "body_bytes_max" in json.loads(answer.body)["error"]
@@ -207,7 +207,7 @@ async def test_a_body_declared_too_large_gets_413_before_it_is_sent() -> None:
 
 async def test_a_chunked_body_that_grows_too_large_gets_413() -> None:
     async with balanced(specs("a"), limits={"body_bytes_max": "1KiB"}) as rig:
-        head = b"POST /api/chat HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
         answer = parse(await rig.exchange([head, *[b"100\r\n" + b"x" * 256 + b"\r\n"] * 5]))
         assert answer.status == 413
         assert answer.header("Connection") == "close"
@@ -246,7 +246,7 @@ async def test_what_is_read_of_a_refused_body_is_bounded(monkeypatch: pytest.Mon
 async def test_a_body_larger_than_all_together_may_be_gets_413() -> None:
     limits = {"body_bytes_max": "1KiB", "bodies_bytes_max": "1KiB"}
     async with balanced(specs("a"), limits=limits) as rig:
-        head = b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: 123456789012345\r\n\r\n"
+        head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 123456789012345\r\n\r\n"
         assert parse(await rig.exchange([head])).status == 413
 
 
@@ -274,7 +274,7 @@ async def test_bodies_are_bounded_together_too() -> None:
 
 async def test_a_head_that_is_too_large_gets_431() -> None:
     async with balanced(specs("a"), limits={"head_bytes_max": "1KiB"}) as rig:
-        answer = await rig.send(b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 2000 + b"\r\n\r\n")
+        answer = await rig.send(b"GET / HTTP/1.1\r\nHost: localhost\r\nA: " + b"x" * 2000 + b"\r\n\r\n")
         assert answer.status == 431
         await serves(rig)
 
@@ -313,7 +313,7 @@ async def test_every_malformed_head_gets_its_status_and_a_close() -> None:
 
 
 async def test_every_malformed_chunked_body_gets_its_status_and_a_close() -> None:
-    head = b"POST /api/chat HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     wrong: list[tuple[str, list[int]]] = []
     async with balanced(specs("a"), client={"body_timeout": "300ms"}) as rig:
         for what, body, status in CHUNKED_BODIES:
@@ -340,14 +340,15 @@ async def test_beginnings_that_cannot_become_a_head_are_refused_at_once() -> Non
 
 async def test_the_error_of_a_malformed_request_is_json_that_says_what_is_wrong() -> None:
     async with balanced(specs("a")) as rig:
-        answer = await rig.send(b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n")
+        answer = await rig.send(b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n")
     assert answer.status == 400
     assert "Content-Length" in json.loads(answer.body)["error"]
 
 
 async def test_nothing_hidden_after_a_refused_request_is_carried_out() -> None:
     smuggled = request("POST", "/api/chat", b'{"model":"tiny"}')
-    raw = b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    framing = b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    raw = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\n" + framing
     async with balanced(specs("a")) as rig:
         assert statuses(await rig.exchange([raw + smuggled])) == [400]
         assert rig.fleet[0].stats.requests["/api/chat"] == 0

@@ -25,12 +25,6 @@ from tests.simulator.wire import Answer, Capture, exchange, load, parse
 
 pytestmark = pytest.mark.anyio
 
-LATER = {  # CORS, foreign Host and foreign Origin come in a later issue
-    "options_cors",
-    "options_cors_foreign",
-    "foreign_host",
-    "get_with_foreign_origin",
-}
 HOP_BY_HOP = {"Connection", "Transfer-Encoding", "Keep-Alive"}
 BROKEN = {  # ends silently with Ollama, with an error here: see test_proxy_failures
     "chat_sigterm_midstream",
@@ -87,7 +81,7 @@ async def answer_to(rig: Rig, capture: Capture) -> bytes:
     return raw
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in LATER | BROKEN])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in BROKEN])
 async def test_same_as_recorded(name: str) -> None:
     capture = load(name)
     method = capture.head.split()[0]

@@ -38,8 +38,9 @@ async def test_names_that_clients_make_up_are_shortened_in_the_log(caplog: pytes
 async def test_bodies_count_as_they_come() -> None:
     async with scripted(limits={"body_bytes_max": "8KiB", "bodies_bytes_max": "8KiB"}) as (rig, _):
         async with client(rig) as one, client(rig) as other:
+            head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
             for unfinished in (one, other):
-                await unfinished.send(b"POST /api/chat HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+                await unfinished.send(head)
                 await unfinished.send(b"1400\r\n" + b"a" * 0x1400 + b"\r\n")
             assert b"HTTP/1.1 503 " in await other.until(b"\r\n\r\n")
             assert rig.service.front.bodies.held <= 8192
@@ -97,8 +98,8 @@ def flooding(rig: Rig, first: bytes, again: bytes) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("first", "again"),
     [
-        (b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 2000),
-        (b"POST /api/chat HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n" * 10_000),
+        (b"", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2000),
+        (b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n" * 10_000),
     ],
     ids=["pipelined", "tiny chunks"],
 )

@@ -196,7 +196,7 @@ async def test_a_request_byte_by_byte() -> None:
 
 def chunked_request(headers: bytes = b"Connection: close\r\n") -> bytes:
     body = b'{"model":"tiny","messages":[{"role":"user","content":"hi"}]}'
-    head = b"POST /api/chat HTTP/1.1\r\nHost: x\r\n%sTransfer-Encoding: chunked\r\n\r\n" % headers
+    head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\n%sTransfer-Encoding: chunked\r\n\r\n" % headers
     return head + chunked([body[:10], body[10:11], body[11:]])
 
 
@@ -214,9 +214,9 @@ async def test_a_client_of_http_1_0_gets_the_plain_bytes_and_a_close() -> None:
 
 
 async def test_a_client_of_http_1_0_may_keep_its_connection() -> None:
-    kept = b"GET / HTTP/1.0\r\nHost: x\r\nConnection: keep-alive\r\n\r\n"
+    kept = b"GET / HTTP/1.0\r\nHost: localhost\r\nConnection: keep-alive\r\n\r\n"
     async with balanced(specs("a")) as rig:
-        raw = await rig.exchange([kept + b"GET / HTTP/1.0\r\nHost: x\r\n\r\n"])
+        raw = await rig.exchange([kept + b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"])
     assert raw.count(b"Ollama is running") == 2
     assert raw.count(b"Connection: keep-alive") == 1
 

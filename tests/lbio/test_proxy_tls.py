@@ -78,9 +78,8 @@ async def _chat(service: Service, content: bytes = b"x") -> bytes:
     host, port = service.addresses[0]
     client = await connect(host, port)
     body = b'{"model":"tiny","messages":[{"role":"user","content":"%s"}]}' % content
-    await client.send(
-        b"POST /api/chat HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-    )
+    head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    await client.send(head + body)
     answer = b""
     with anyio.fail_after(5), contextlib.suppress(anyio.EndOfStream):
         while True:

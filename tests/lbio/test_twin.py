@@ -95,7 +95,7 @@ async def _ask(rig: Rig, one: Ask, seen: dict[int, Seen]) -> None:
 async def _answer(caller: Caller, one: Ask) -> Seen:
     body = body_of(one)
     began_s = anyio.current_time()
-    head = b"POST /api/chat HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
     await caller.send(head + body)
     data = await caller.until(b"\r\n\r\n")
     while not caller.data:

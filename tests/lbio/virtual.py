@@ -243,7 +243,7 @@ class Caller:
 
     async def get(self, path: str) -> bytes:
         """Ask for something that is answered with a length, and keep the connection; its body."""
-        await self.send(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        await self.send(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         length = length_of(await self.until(b"\r\n\r\n"))
         while len(self.data) < length:
             self.data += await self.stream.receive()
