@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -46,6 +47,7 @@ FLEET = "ollama-lb fleet configs/demo.toml"
 ALL_SCENARIOS = "ollama-lb simulate configs/scenarios"  # tests/simulator/test_scenarios.py runs each of them
 SIMULATED = [command for command in COMMANDS if command.startswith("ollama-lb simulate") and command != ALL_SCENARIOS]
 BENCH = "ollama-lb bench configs/bench/quick.toml"
+NEEDS_CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 AGAINST_THE_DEMO = [command for command in COMMANDS if command.startswith("curl")]
 
 
@@ -174,10 +176,12 @@ def _curl(command: str, demo: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*words, "-sS", "--max-time", "10"], capture_output=True, text=True, check=True)
 
 
+@NEEDS_CURL
 def test_status_is_a_table(demo: str) -> None:
     assert "SERVER" in _curl(AGAINST_THE_DEMO[0], demo).stdout
 
 
+@NEEDS_CURL
 def test_management_commands_answer_as_described(demo: str) -> None:
     added, removed, synced = [_curl(command, demo).stdout for command in AGAINST_THE_DEMO[1:4]]
     assert "not added" in added  # there is no gpu3 here
@@ -185,10 +189,12 @@ def test_management_commands_answer_as_described(demo: str) -> None:
     assert '"servers":4' in synced
 
 
+@NEEDS_CURL
 def test_a_server_that_is_named_gives_its_own_view(demo: str) -> None:
     assert json.loads(_curl(AGAINST_THE_DEMO[4], demo).stdout)["models"]
 
 
+@NEEDS_CURL
 def test_the_line_that_the_demo_prints_works(tmp_path: Path) -> None:
     process, _ = _start(["run", str(ROOT / "configs" / "demo.toml")], tmp_path)
     assert process.stdout is not None
