@@ -93,6 +93,12 @@ class RaceSettings:
         "extra racers allowed per request on average; 0 never races, 1 doubles the work at most", 1.0, high=63.0
     )
     hedges_max: int = count("further servers asked, one after each hedge delay without a first token", 1, high=63)
+    hedge_utilisation_max: float = ratio(
+        "share of the model's slots in use above which there are no hedges, unless every server asked is in doubt: on "
+        "a busy fleet they make others wait",
+        0.8,
+        high=1.0,
+    )
     hedge_delay_min_ns: int = duration(
         "a hedge never starts sooner; the delay itself is the p95 of the model's recent first-token times",
         50 * MS_NS,

@@ -76,10 +76,11 @@ class Placement:
         """
         route, budget = request.route, self.race_budget
         n_min, n_max = route.racers_min, route.racers_max - 1
+        limit = self._config.race.utilisation_max
         extra = list(ordered[1:n_min]) if n_min > 1 else []
         if self._resurrect_rng.random() < self._resurrect and len(extra) < n_max:
             extra += self._outcast(request, [ordered[0], *extra])
-        if len(extra) < n_max and budget.credits >= 1.0 and self._is_little_used(request.model):
+        if len(extra) < n_max and budget.credits >= 1.0 and self._is_used_at_most(limit, request.model):
             for i in range(n_min, len(ordered)):
                 server = ordered[i]
                 if _is_trusted_and_ready(server, request, now_ns) and server not in extra and budget.spend():
@@ -105,12 +106,11 @@ class Placement:
             return []
         return [outcasts[self._resurrect_rng.randrange(len(outcasts))]]
 
-    def _is_little_used(self, model: str | None) -> bool:
-        """Tell whether few of this model's slots are in use on live servers that have it loaded: extra racers pay."""
+    def _is_used_at_most(self, limit: float, model: str | None) -> bool:
+        """Tell whether so small a share of this model's slots is in use on live servers that have it loaded."""
         holders = self._fleet.pool(model)
         if not holders.slots:
             return True
-        limit = self._config.race.utilisation_max
         if sum([record.in_flight for record in holders.records]) / holders.slots <= limit:
             return True  # even if each of them was in a slot
         pairs = zip(holders.servers, holders.records, strict=True)
@@ -129,9 +129,13 @@ class Placement:
         hopeless = all(is_in_doubt(attempt.server) for attempt in request.live_attempts)
         ready = [s for s in candidates if selection.is_ready(s, request) and not selection.is_passed_over(s, now_ns)]
         usable = ready or (candidates if hopeless else [])
-        if not usable or not (hopeless or self.race_budget.spend()):
+        if not usable or not (hopeless or self._may_hedge(request)):
             return None
         return self.order(usable, request, now_ns)[0]
+
+    def _may_hedge(self, request: Request) -> bool:
+        limit = self._config.race.hedge_utilisation_max
+        return self._is_used_at_most(limit, request.model) and self.race_budget.spend()
 
     def next_after_failure(self, request: Request, now_ns: int) -> Server | None:
         """Return the next server that could answer, a full one or a dead one if there is no better."""

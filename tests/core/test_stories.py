@@ -83,6 +83,27 @@ def test_a_hedge_asks_one_more_server_after_the_delay() -> None:
     book.ends(hedge)
 
 
+def test_on_a_busy_fleet_nobody_hedges_until_slots_are_free_again() -> None:
+    race = RaceSettings(racers_max=1, hedge_delay_initial_ns=SECOND_NS, hedge_utilisation_max=0.5)
+    book = fleet("a b c", factor=1, race=race)
+    (first,), (second,) = book.race(1), book.race(2)
+    book.token(second) << CommitAttempt(2, second.id)
+    book.after(1500).done()  # 2 of 3 slots in use
+    book.ends(second)
+    book.after(500)
+    book.started(1, AttemptKind.HEDGE)
+    assert first.server != second.server
+
+
+def test_a_server_in_doubt_is_hedged_however_busy_the_fleet_is() -> None:
+    race = RaceSettings(racers_max=1, hedge_delay_initial_ns=SECOND_NS, hedge_utilisation_max=0.0)
+    book = fleet("a b", race=race)
+    book.alone(1, "a")
+    book.server("a").doubted = True
+    book.after(1000)
+    book.started(1, AttemptKind.HEDGE, "b")
+
+
 def test_the_hedge_delay_is_the_p95_of_recent_first_tokens_within_its_bounds() -> None:
     race = RaceSettings(racers_max=1, hedge_delay_min_ns=100 * MS_NS, hedge_delay_max_ns=10 * SECOND_NS)
     book = fleet("a b", factor=1000, race=race)
