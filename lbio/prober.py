@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import anyio
 import msgspec
@@ -39,7 +39,7 @@ class _Models(msgspec.Struct):
 
 
 class _Entry(msgspec.Struct):
-    name: Annotated[str, msgspec.Meta(max_length=MODEL_CHARS_MAX)]
+    name: str
     digest: str = ""
     modified_at: str = ""
 
@@ -128,13 +128,17 @@ def _decoded(body: bytes, kind: Any, path: str) -> Any:
 
 
 def _available(tags: _Models) -> tuple[ModelInfo, ...]:
-    entries = [_entry(raw) for raw in tags.models or []]
-    return tuple(ModelInfo(entry.name, entry.digest, entry.modified_at, text) for entry, text in entries)
+    return tuple(ModelInfo(entry.name, entry.digest, entry.modified_at, text) for entry, text in _entries(tags))
 
 
 def _active(ps: _Models) -> tuple[ActiveModel, ...]:
-    entries = [_entry(raw) for raw in ps.models or []]
-    return tuple(ActiveModel(entry.name, text) for entry, text in entries)
+    return tuple(ActiveModel(entry.name, text) for entry, text in _entries(ps))
+
+
+def _entries(listed: _Models) -> list[tuple[_Entry, str]]:
+    """Return the models of a list; one whose name is longer than any can be asked for by is as good as not there."""
+    entries = [_entry(raw) for raw in listed.models or []]
+    return [(entry, text) for entry, text in entries if len(entry.name) <= MODEL_CHARS_MAX]
 
 
 def _entry(raw: msgspec.Raw) -> tuple[_Entry, str]:

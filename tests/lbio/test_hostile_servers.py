@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lbcore.events import Reason
+from lbcore.ollama import MODEL_CHARS_MAX
 from tests.lbio import kit
 from tests.lbio.kit import NDJSON, Rig, Scripted, chunked, line, scripted
 from tests.simulator.wire import Answer, chat
@@ -55,6 +56,15 @@ async def test_a_version_of_thousands_of_digits_is_one_like_any_other(monkeypatc
     monkeypatch.setitem(kit.PROBES, "/api/version", b'{"version":"%s"}' % (b"9" * 5000))
     async with scripted() as (rig, _):
         assert (await rig.ask("GET", "/api/version")).status == 200
+
+
+async def test_a_model_with_a_name_too_long_to_be_asked_for_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = b'{"models":[{"name":"%s"},{"name":"tiny:latest"}]}' % (b"x" * (MODEL_CHARS_MAX + 1))
+    monkeypatch.setitem(kit.PROBES, "/api/tags", listed)
+    monkeypatch.setitem(kit.PROBES, "/api/ps", listed)
+    async with scripted() as (rig, _):
+        assert rig.server("s0").is_alive
+        assert list(rig.server("s0").models) == ["tiny:latest"]
 
 
 # --- the end of a stream ---------------------------------------------------------------------------------------
