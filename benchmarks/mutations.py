@@ -104,20 +104,20 @@ MUTATIONS: Sequence[Mutation] = (
     Mutation(
         "the queue is unbounded",
         "lbcore.admission:AdmissionQueue.is_full",
-        "len(self._waiting) >= self.length_max",
+        "len(self.waiting) >= self.length_max",
         "False",
     ),
     Mutation(
         "the queue is one too long",
         "lbcore.admission:AdmissionQueue.is_full",
-        "len(self._waiting) >= self.length_max",
-        "len(self._waiting) > self.length_max",
+        "len(self.waiting) >= self.length_max",
+        "len(self.waiting) > self.length_max",
     ),
     Mutation(
         "who waits is served last come first",
         "lbcore.admission:AdmissionQueue.pop_ready",
-        "list(islice(self._waiting.values(), len(self._waiting)))",
-        "list(self._waiting.values())[::-1]",
+        "list(islice(self.waiting.values(), len(self.waiting)))",
+        "list(self.waiting.values())[::-1]",
     ),
     Mutation(
         "who waits is not served when there is room",
@@ -152,7 +152,7 @@ MUTATIONS: Sequence[Mutation] = (
     Mutation(
         "the cancellation is kept in the books and not commanded",
         "lbcore.ledger:Ledger.cancel",
-        "self._out.append(CancelAttempt(attempt.id, reason))",
+        "self._out.append(_new(CancelAttempt, (attempt.id, reason)))",
         "pass",
     ),
     Mutation(
@@ -176,7 +176,7 @@ MUTATIONS: Sequence[Mutation] = (
     Mutation(
         "a failure is final though another server is there",
         "lbcore.attempts:Attempts._after_failure",
-        "if may_go_elsewhere and self._requests.retry(request, now_ns):",
+        "if _may_go_elsewhere(request, reason) and self._requests.retry(request, now_ns):",
         "if False:",
     ),
     Mutation(

@@ -26,6 +26,7 @@ class Proxy:
     name: str
     port: int
     log: Path
+    pid: int
 
     def status(self) -> dict[str, Any]:
         """Return ollama-lb's /status."""
@@ -46,7 +47,7 @@ Starter = Callable[[Sequence[int], Path], AbstractContextManager[Proxy]]
 def _started(name: str, command: list[str], port: int, log: Path) -> Iterator[Proxy]:
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process, ended(process):
         wait_listening(port, process, log)
-        yield Proxy(name, port, log)
+        yield Proxy(name, port, log, process.pid)
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ from lbcore.commands import AbortRequest, CancelAttempt, Command, CommitAttempt,
 from lbcore.config import Config, Winner
 from lbcore.events import Reason
 from lbcore.fleet import Fleet
-from lbcore.health import BLAME, SETS_BACK, TIMEOUTS, UNDONE, Blame, failing_ns
+from lbcore.health import BLAME, SETS_BACK, TIMEOUTS, UNDONE, UNSENT, Blame, failing_ns
 from lbcore.ledger import Ledger
-from lbcore.ollama import RequestKind
+from lbcore.ollama import RequestKind, find_route
 from lbcore.records import Attempt, Failure, Request, Server, ServerModel, smooth
 from lbcore.requests import Requests
 from lbcore.schema import SECOND_NS
@@ -33,6 +33,13 @@ def _is_refused(request: Request) -> bool:
     """Tell whether a server has said that the request is wrong: that is final."""
     answered = request.last_answered
     return answered is not None and answered.failure is not None and answered.failure.reason is Reason.CLIENT_ERROR
+
+
+def _may_go_elsewhere(request: Request, reason: Reason) -> bool:
+    """Tell whether another server may be asked after a failure."""
+    if request.kind is not _MANAGE:
+        return not _is_refused(request)
+    return reason in (UNSENT if find_route(request.event.route).uploads else UNDONE)
 
 
 def _blame_of(request: Request, reason: Reason) -> Blame:
@@ -250,18 +257,20 @@ class Attempts:
         attempt = self._ledger.attempts.get(attempt_id)
         if attempt is None or not self._ledger.is_due(attempt, now_ns):
             return
-        timeouts = self._config.timeouts
+        request = attempt.request
+        counts_from_ns = now_ns if attempt.paused else attempt.last_chunk_ns
         if attempt.state is AttemptState.CONNECTING:
-            reason, limit_ns = Reason.CONNECT_TIMEOUT, timeouts.connect_ns
-        elif attempt.first_token_ns is None or (not attempt.request.stream and not attempt.full):
-            reason = Reason.FIRST_TOKEN_TIMEOUT if attempt.request.stream else Reason.ANSWER_TIMEOUT
+            reason, limit_ns = Reason.CONNECT_TIMEOUT, self._config.timeouts.connect_ns
+        elif attempt.first_token_ns is None or (not request.stream and not attempt.full):
+            reason = Reason.FIRST_TOKEN_TIMEOUT if request.stream else Reason.ANSWER_TIMEOUT
             limit_ns = self._patience_ns(attempt)
+            if request.kind is _MANAGE and not request.stream:  # which may have taken long to be sent
+                attempt.due_ns = max(attempt.due_ns, counts_from_ns + limit_ns)
         else:
-            reason, limit_ns = Reason.SILENCE_TIMEOUT, self._silence_ns(attempt.request)
-            heard_ns = now_ns if attempt.paused else attempt.last_chunk_ns
-            attempt.due_ns = heard_ns + limit_ns
-            if not self._ledger.is_due(attempt, now_ns):
-                return
+            reason, limit_ns = Reason.SILENCE_TIMEOUT, self._silence_ns(request)
+            attempt.due_ns = counts_from_ns + limit_ns
+        if not self._ledger.is_due(attempt, now_ns):
+            return
         self._out.append(CancelAttempt(attempt.id, reason))
         self._fail(attempt.id, reason, now_ns, detail=f"after {limit_ns / SECOND_NS:g} s")
 
@@ -341,7 +350,6 @@ class Attempts:
             if not _is_refused(request):
                 self._requests.replace(request, now_ns)
             return
-        may_go_elsewhere = reason in UNDONE if request.kind is _MANAGE else not _is_refused(request)
-        if may_go_elsewhere and self._requests.retry(request, now_ns):
+        if _may_go_elsewhere(request, reason) and self._requests.retry(request, now_ns):
             return
         self._requests.conclude(request, now_ns)

@@ -120,7 +120,10 @@ class LoadBalancer:
             attempt.last_chunk_ns = now_ns
 
     def note_paused(self, attempt_id: int, *, paused: bool, now_ns: int) -> None:
-        """Tell that the driver reads, or does not read, an answer: silence of its own making is not the server's."""
+        """Tell that the driver reads, or does not read, an answer: silence of its own making is not the server's.
+
+        It does not, either, while it is not done with sending the request.
+        """
         attempt = self.ledger.attempts.get(attempt_id)
         if attempt is not None:
             attempt.paused = paused

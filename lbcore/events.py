@@ -41,8 +41,9 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
-    """A request was read whole. `model` is as the client wrote it, None when the body names none.
+    """A request was read, whole but for a body that is passed on as it comes.
 
+    `model` is as the client wrote it, None when the body names none.
     `servers` are the names of those that the client wants to be asked, and no other; () when it leaves that to us.
     """
 

@@ -63,18 +63,18 @@ TIMEOUTS = frozenset(
 )
 """Failures that make a request end with 504 when there were no others."""
 
-UNDONE = frozenset(
+UNSENT = frozenset(
     {
         Reason.CONNECT_REFUSED,
         Reason.CONNECT_FAILED,
         Reason.CONNECT_TIMEOUT,
         Reason.TLS_FAILED,
         Reason.EXHAUSTED,
-        Reason.ELSEWHERE,
-        Reason.MODEL_NOT_FOUND,
-        Reason.BUSY,
     }
 )
+"""Failures before anything of the request was sent: even one whose body is not held may be sent elsewhere."""
+
+UNDONE = UNSENT | {Reason.ELSEWHERE, Reason.MODEL_NOT_FOUND, Reason.BUSY}
 """Failures after which the server has surely done nothing: even a request that changes something may be sent again."""
 
 

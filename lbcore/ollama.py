@@ -58,6 +58,7 @@ class Route:
     generates: bool = False  # asks a model for tokens or embeddings, so it uses one of its slots
     changes: bool = False  # changes what a server has
     needs_model: bool = True  # only a server that has the model named in the body can do it
+    uploads: bool = False  # the body of a POST is passed on as it comes: nobody holds it, so it is sent once
 
 
 _VIEW = (Strategy.AGGREGATE, Strategy.SEQUENTIAL)
@@ -117,6 +118,15 @@ ROUTES: tuple[Route, ...] = (
         needs_model=False,
     ),
     Route("/api/push", ("POST",), Strategy.SEQUENTIAL, _ONE, ending=_PROGRESS, streams_by_default=True, changes=True),
+    Route(
+        "/api/blobs/:digest",
+        ("HEAD", "POST"),
+        Strategy.BROADCAST,
+        _ALL,
+        changes=True,
+        needs_model=False,
+        uploads=True,
+    ),
     Route("/api/copy", ("POST",), Strategy.BROADCAST, _ALL, changes=True),
     Route("/api/delete", ("DELETE",), Strategy.BROADCAST, _ALL, changes=True),
 )
@@ -236,7 +246,7 @@ _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 def request_kind(route: Route, method: str, *, empty: bool, keep_alive: object) -> RequestKind:
     """Return what a request wants; `empty` = a native chat or generate request with neither prompt nor messages."""
-    if route.changes or (route is PASS_THROUGH and method not in _READING):
+    if (route.changes or route is PASS_THROUGH) and method not in _READING:
         return RequestKind.MANAGE
     if route.ending is not Ending.NDJSON_DONE or not empty:
         return RequestKind.GENERATE

@@ -261,7 +261,7 @@ class Attempt:
         self.answered = False  # failed, but with a whole answer that could be passed on
         self.failure: Failure | None = None
         self.full = False  # as much is held as may be
-        self.paused = False  # we do not read, since the client does not
+        self.paused = False  # we do not read, since the client does not, or is still sending its request
         self.started_ns = now_ns
         self.first_token_ns: int | None = None
         self.last_chunk_ns = now_ns

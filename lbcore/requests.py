@@ -173,6 +173,11 @@ class Requests:
         if not failures:
             self._ledger.end(request, RequestInput.FINISH, Decision.FINISHED, f"on all {n_all} servers", now_ns)
             return
+        refused = all(400 <= failure.status < 500 for failure in failures)
+        if refused and (len(failures) == n_all or request.kind is _GENERATE):  # such as for what is not there
+            why = f"passed on as it was: {race.failures_in_words(failures)}"
+            self._ledger.end(request, RequestInput.FINISH, Decision.FINISHED, why, now_ns)
+            return
         why = f"failed on {len(failures)} of {n_all} servers: {race.failures_in_words(failures)}"
         self._ledger.end(request, RequestInput.FAIL, Decision.FAILED, why, now_ns)
 
@@ -331,7 +336,7 @@ class Requests:
             self._hedge(request, str(request.failures[-1]), now_ns)
 
     def _is_stuck(self, request: Request) -> bool:
-        waits = request.state is _RACING and request.kind is _GENERATE
+        waits = request.state is _RACING and request.kind is _GENERATE and not request.merged
         return waits and all(is_in_doubt(attempt.server) for attempt in request.live_attempts)
 
     def rescue_stuck(self, now_ns: int) -> None:

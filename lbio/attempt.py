@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, Protocol
 
 import anyio
 
@@ -19,6 +20,7 @@ from lbcore.events import (
     StreamEnded,
 )
 from lbcore.ollama import PASS_THROUGH, RequestKind
+from lbio.blob_body import Taker
 from lbio.exchange import ClientRequest, Exchange
 from lbio.http1 import HttpError, IncompleteBody, ResponseHead
 from lbio.upstream import Answer, ConnectError, Connection, Endpoint, read_response_head
@@ -38,6 +40,9 @@ class Core(Protocol):
 
     def note_chunk(self, attempt_id: int, n_bytes: int, n_tokens: int) -> None:
         """Count a piece of an answer."""
+
+    def note_paused(self, attempt_id: int, *, paused: bool) -> None:
+        """Tell the core that an answer cannot be expected yet, or that it can."""
 
 
 def reason_of(status: int, body: bytes | bytearray, *, passed_through: bool) -> Reason:
@@ -66,6 +71,7 @@ class AttemptRun:
         "_parked",
         "_reported",
         "_scope",
+        "_taker",
         "_telling",
         "_unsent",
         "answer",
@@ -95,6 +101,7 @@ class AttemptRun:
         self._scope = anyio.CancelScope()
         self._connection: Connection | None = None
         self._unsent: list[bytes] = []  # what of the request is still to be sent on the connection
+        self._taker: Taker | None = None  # of a body that is passed on as it comes
         self._reported = False  # its end was told to the core
         self._parked = False  # its task waits for nothing but to be chosen or cancelled
         self._telling = False  # its task is telling the core something, and so is not waiting
@@ -109,8 +116,10 @@ class AttemptRun:
         """Send the request now if an idle connection is there to take it, so that no racer waits for the others' tasks.
 
         A request that changes something is never put on such a one: if it has died, the request could have been
-        carried out.
+        carried out. A server joins those that take an upload before anything of that is taken.
         """
+        if self.exchange.request.upload is not None:
+            self._taker = self.exchange.request.upload.join()
         if self.exchange.request.facts.kind is RequestKind.MANAGE:
             return
         connection = self._connection = self.endpoint.pooled()
@@ -128,6 +137,8 @@ class AttemptRun:
     def cancel(self) -> bool:
         """Close the connection now; tell whether there was one."""
         self._reported = True
+        if self._taker is not None:
+            self._taker.leave()
         connection, self._connection = self._connection, None
         # The task waits for the connection, and wakes as that is closed; cancelling the scope as well would cost more
         # than all the rest of this, which the other losers of a race are waiting for.
@@ -242,24 +253,40 @@ class AttemptRun:
                     await connection.stream.send(piece)
         except anyio.BrokenResourceError:
             pass  # the server may have refused before the body was sent: its answer may still be there
+        if self._taker is not None:
+            return await self._read_head_while(connection, partial(self._upload, connection, self._taker))
         if large_body:
-            return await self._read_head_while_sending(connection, large_body)
+            return await self._read_head_while(connection, partial(connection.send_body, large_body))
         return await self._read_head(connection)
+
+    async def _upload(self, connection: Connection, taker: Taker) -> None:
+        """Send a body as it comes: how long that takes is for the client, and for the slowest server, to say."""
+        self._core.note_paused(self.attempt_id, paused=True)
+        try:
+            await connection.send_upload(taker)
+        except TimeoutError as error:
+            self._fail(Reason.SILENCE_TIMEOUT, f"of the body {error}")
+            connection.close()
+        finally:
+            taker.leave()
+            self._core.note_paused(self.attempt_id, paused=False)
 
     async def _read_head(self, connection: Connection) -> ResponseHead | None:
         return await read_response_head(connection, self.exchange.request.head.method, self._head_bytes_max)
 
-    async def _read_head_while_sending(self, connection: Connection, body: bytes) -> ResponseHead | None:
-        """Send a large body, but no more of it once the server has refused it."""
+    async def _read_head_while(
+        self, connection: Connection, send: Callable[[], Coroutine[Any, Any, None]]
+    ) -> ResponseHead | None:
+        """Send a large body, but no more of it once the server has refused it, or of an upload, has answered."""
         head: ResponseHead | None = None
         problems: list[Exception] = []  # raised where they arise, they would come out as a group
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(connection.send_body, body)
+            tasks.start_soon(send)
             try:
                 head = await self._read_head(connection)
             except (HttpError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
                 problems.append(error)
-            if head is None or head.status >= 300:
+            if head is None or head.status >= 300 or self._taker is not None:
                 tasks.cancel_scope.cancel()
         if problems:
             raise problems.pop()  # a name for it here would make a cycle, which keeps the body
@@ -332,6 +359,8 @@ class AttemptRun:
     def _fail(self, reason: Reason, detail: str, *, status: int = 0, answered: bool = False) -> None:
         if not self._reported:
             self._reported = True
+            if self._taker is not None:  # before the core is told: another server may join in place of this one
+                self._taker.leave()
             if self.exchange.merge is not None:
                 held = bytes(self.answer.held) if answered and self.answer is not None else b""
                 words = detail or reason

@@ -9,9 +9,10 @@ import anyio
 from anyio.abc import ByteStream, SocketAttribute
 
 from lbcore.schema import SECOND_NS
+from lbio.blob_body import WINDOW_BYTES, BlobBody
 from lbio.http1 import Framing, HttpError, IncompleteBody, Reader, RequestHead
 from lbio.settings import ClientSettings, LimitSettings
-from lbio.sockets import SocketStream
+from lbio.sockets import SocketStream, send_while_taken
 from lbio.streams import close_now
 
 _T = TypeVar("_T")
@@ -55,11 +56,11 @@ class ClientStream:
     __slots__ = (
         "_bodies",
         "_held",
-        "_in_body",
         "_limits",
         "_settings",
         "_stream",
         "_write_timeout_s",
+        "in_body",
         "peer",
         "reader",
         "writing",
@@ -71,7 +72,7 @@ class ClientStream:
         self._limits = limits
         self._bodies = bodies
         self._held = 0
-        self._in_body = False  # the client is sending a body
+        self.in_body = False  # the client has begun to send a body, of which not all was read
         self._write_timeout_s = settings.write_timeout_ns / SECOND_NS
         self.reader = Reader(stream)
         self.writing = False  # inside a write: if that is cut short, nothing can follow it
@@ -110,9 +111,9 @@ class ClientStream:
         Raises HttpError: 408 when it stalls, 413 above the limit, 503 when all bodies together are above theirs;
         ClientGone when the client leaves inside it.
         """
-        self._in_body = True
+        self.in_body = True
         body = await self._read_body(head)
-        self._in_body = False
+        self.in_body = False
         return body
 
     async def _read_body(self, head: RequestHead) -> bytes:
@@ -143,6 +144,43 @@ class ClientStream:
         except IncompleteBody as error:
             raise ClientGone(str(error)) from error
 
+    def expect_body(self, head: RequestHead) -> None:
+        """Take note of a body that is not to be held but for a window of it. Raises HttpError 503 as `read_body`."""
+        self.in_body = True
+        self._hold(WINDOW_BYTES if head.framing is Framing.CHUNKED else min(WINDOW_BYTES, head.content_length))
+
+    async def pass_body(self, head: RequestHead, body: BlobBody) -> None:
+        """Pass a body on as it comes, and as fast as it is taken, to its end.
+
+        Raises HttpError: 408 when the client stalls, 400 for bad chunks; ClientGone when it leaves.
+        """
+        await self._while_there(body.wait_wanted)
+        if head.expect_continue and not self.reader.buffered:
+            await self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        pieces = self.reader.body_chunks(head)
+        try:
+            while True:
+                body.put(await self._in_time(pieces.__anext__, self._settings.body_timeout_ns, "the request body"))
+                if not body.has_room:
+                    await self._while_there(body.wait_room)
+        except StopAsyncIteration:
+            self.in_body = False
+            body.end()
+        except IncompleteBody as error:
+            raise ClientGone(str(error)) from error
+
+    async def _while_there(self, happened: Callable[[], Awaitable[None]]) -> None:
+        """Wait for something while nothing is read, and so no event tells of the client's end. Raises ClientGone."""
+        while True:
+            with anyio.move_on_after(_LOOK_S):
+                await happened()
+                return
+            if self._has_left():
+                raise ClientGone("the client has left inside the body")
+
+    def _has_left(self) -> bool:
+        return isinstance(self._stream, SocketStream) and self._stream.has_peer_ended()
+
     def _hold(self, n_bytes: int) -> None:
         self._bodies.check(n_bytes)
         self._bodies.held += n_bytes
@@ -171,7 +209,7 @@ class ClientStream:
             except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
                 return
         # The rest of it stays unread, so that the client feels it. Its end comes behind that, and no event tells of it.
-        while not (isinstance(self._stream, SocketStream) and self._stream.has_peer_ended()):  # noqa: ASYNC110
+        while not self._has_left():  # noqa: ASYNC110
             await anyio.sleep(_LOOK_S)
 
     # --- writing -------------------------------------------------------------------------------------------
@@ -193,27 +231,12 @@ class ClientStream:
         self.writing = True
         try:
             for begin in range(at, len(data), _WRITE_BYTES):
-                await self._send(data[begin : begin + _WRITE_BYTES])
+                await send_while_taken(self._stream, data[begin : begin + _WRITE_BYTES], self._write_timeout_s)
+        except TimeoutError as error:
+            raise ClientGone(f"the client has not read for {self._write_timeout_s:g} s") from error
         except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
             raise ClientGone(str(error)) from error
         self.writing = False
-
-    async def _send(self, data: bytes) -> None:
-        """Send all of `data`, however slowly the client reads, as long as it does."""
-        while data:
-            sent, taken = self._progress()
-            with anyio.move_on_after(self._write_timeout_s):
-                await self._stream.send(data)
-                return
-            sent_now, taken_now = self._progress()
-            if (sent_now, taken_now) == (sent, taken):
-                raise ClientGone(f"the client has not read for {self._write_timeout_s:g} s")
-            data = data[sent_now - sent :]
-
-    def _progress(self) -> tuple[int, int]:
-        """How much was ever sent to the client, and how much of it has arrived."""
-        stream = self._stream
-        return (stream.bytes_sent, stream.bytes_taken) if isinstance(stream, SocketStream) else (0, 0)
 
     # --- the end -------------------------------------------------------------------------------------------
 
@@ -223,7 +246,7 @@ class ClientStream:
         Closing with unread input makes the kernel reset the connection, which can destroy an answer under way (RFC 9112
         §9.6): so end our half and read for a moment what still comes, or for longer the rest of a refused body.
         """
-        limit_s, bytes_max = (_DISCARD_S, _DISCARD_BYTES_MAX) if self._in_body else (_LINGER_S, _LINGER_BYTES_MAX)
+        limit_s, bytes_max = (_DISCARD_S, _DISCARD_BYTES_MAX) if self.in_body else (_LINGER_S, _LINGER_BYTES_MAX)
         try:
             await self._stream.send_eof()
             with anyio.move_on_after(limit_s):

@@ -14,12 +14,15 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import ByteStream
 
+from lbcore.commands import RejectRequest
 from lbcore.config import Strategy
 from lbcore.ollama import Shape, find_route, shape_of
 from lbcore.requests import PIN_HEADER
+from lbcore.schema import SECOND_NS
 from lbio.addresses import parse_listen
 from lbio.admin import Admin
 from lbio.attempt import AttemptRun
+from lbio.blob_body import BlobBody
 from lbio.bodies import read_facts
 from lbio.client import BodyBudget, ClientGone, ClientStream
 from lbio.cors import NOTHING, Cors, Verdict, is_loopback
@@ -173,7 +176,7 @@ class ClientConnection:
                 head = parse_request_head(raw)
                 verdict = self._front.judge(head)
                 self._cors_headers = verdict.headers
-                body = await self._client.read_body(head) if head.framing is not Framing.NONE else b""
+                body = await self._read_body(head)
             except HttpError as error:
                 self._is_idle = False
                 shape = shape_of(head.path) if head is not None else Shape.NATIVE
@@ -186,6 +189,15 @@ class ClientConnection:
             return await self._answer(head, body)
         finally:
             self._client.let_go()
+
+    async def _read_body(self, head: RequestHead) -> bytes:
+        """Return the body of a request; b"" for an upload, which is not read before somebody takes it."""
+        if head.framing is Framing.NONE:
+            return b""
+        if not _uploads(head):
+            return await self._client.read_body(head)
+        self._client.expect_body(head)
+        return b""
 
     async def _answer(self, head: RequestHead, body: bytes) -> bool:
         path = head.path
@@ -231,7 +243,7 @@ class ClientConnection:
         return not close
 
     def _must_close(self, head: RequestHead | None) -> bool:
-        return head is None or not head.keep_alive or self._front.draining
+        return head is None or not head.keep_alive or self._front.draining or self._client.in_body
 
     # --- answers of servers --------------------------------------------------------------------------------
 
@@ -244,10 +256,12 @@ class ClientConnection:
         exchange = self._driver.open(request)
         exchange.on_chosen = self._begin_relay
         keep = False
+        reading = anyio.CancelScope()
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._watch, exchange, tasks.cancel_scope)
+                tasks.start_soon(self._watch, exchange, reading, tasks.cancel_scope)
                 await exchange.decided.wait()
+                reading.cancel()
                 keep = await self._give(exchange)
                 tasks.cancel_scope.cancel()
         except* (ClientGone, anyio.BrokenResourceError, anyio.ClosedResourceError):
@@ -272,11 +286,26 @@ class ClientConnection:
         await merge.stream(self._client, ours, chunked=chunked)
         return not close
 
-    async def _watch(self, exchange: Exchange, whole: anyio.CancelScope) -> None:
-        await self._client.watch()
+    async def _watch(self, exchange: Exchange, reading: anyio.CancelScope, whole: anyio.CancelScope) -> None:
+        with contextlib.suppress(ClientGone):
+            if exchange.request.upload is not None:
+                with reading:
+                    await self._pass_body(exchange, exchange.request.upload)
+                if self._client.in_body:
+                    return  # it was decided without the rest of it, which nobody reads any more
+            await self._client.watch()
         self._driver.close(exchange)  # now, and not when the cancelled task gets its turn
         self._end()
         whole.cancel()
+
+    async def _pass_body(self, exchange: Exchange, upload: BlobBody) -> None:
+        """Pass an upload on to its end; one that cannot be read ends the request. Raises ClientGone."""
+        try:
+            await self._client.pass_body(exchange.request.head, upload)
+        except HttpError as error:
+            if not exchange.decided.is_set():
+                self._driver.close(exchange)
+                exchange.reject(RejectRequest(exchange.request.request_id, error.status, error.message))
 
     def _client_request(self, head: RequestHead, body: bytes) -> ClientRequest:
         number, tag = self._front.next_id()
@@ -284,10 +313,16 @@ class ClientConnection:
         facts = read_facts(route, head.method, body, head.header(b"content-type") or b"")
         if (model := model_in_path(route, head.path)) is not None:
             facts = replace(facts, model=model)
+        upload: BlobBody | None = None
+        n_bytes: int | None = len(body)
+        if _uploads(head) and head.framing is not Framing.NONE:
+            n_bytes = head.content_length if head.framing is Framing.LENGTH else None
+            upload = BlobBody(n_bytes, self._driver.balancer.config.timeouts.silence_ns / SECOND_NS)
         forwarded, via = self._driver.app.proxy.forwarded, self._driver.via
-        headers = upstream_headers(head, len(body), self._client.peer, forwarded, plain=route.generates, via=via)
+        headers = upstream_headers(head, n_bytes, self._client.peer, forwarded, plain=route.generates, via=via)
         parts = head_parts(head, headers)
-        return ClientRequest(number, tag, head, route, shape_of(head.path), facts, body, parts, _pinned(head))
+        shape, servers = shape_of(head.path), _pinned(head)
+        return ClientRequest(number, tag, head, route, shape, facts, body, parts, servers, upload)
 
     def _begin_relay(self, exchange: Exchange, run: AttemptRun) -> None:
         if run.answer is not None:
@@ -307,6 +342,11 @@ def _pinned(head: RequestHead) -> tuple[str, ...]:
     """Return the names of the servers that the client wants to be asked."""
     value = (head.header(_PIN) or b"").decode(errors="replace")
     return tuple(dict.fromkeys(name for part in value.split(",") if (name := part.strip())))
+
+
+def _uploads(head: RequestHead) -> bool:
+    """Tell whether the body of a request is passed on as it comes."""
+    return head.method == "POST" and find_route(head.path).uploads
 
 
 def _about(exchange: Exchange) -> HeaderPairs:

@@ -10,6 +10,7 @@ import anyio
 
 from lbcore.commands import RejectRequest
 from lbcore.ollama import BodyFacts, Route, Shape
+from lbio.blob_body import BlobBody
 from lbio.http1 import Headers, RequestHead, serialize_request
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ClientRequest:
-    """What a client asked: read whole, and not changed any more."""
+    """What a client asked: read whole, but for an upload, and not changed any more."""
 
     request_id: int
     tag: str  # how the request is called in headers and logs
@@ -31,6 +32,7 @@ class ClientRequest:
     body: bytes
     head_parts: tuple[bytes, bytes]  # as servers get it: what stands before and after the value of `Host`
     servers: tuple[str, ...] = ()  # the only ones that the client wants to be asked
+    upload: BlobBody | None = None  # instead of `body`: one that is passed on as it comes
 
     def head_for(self, authority: bytes) -> bytes:
         """Return the request head for one server."""
@@ -97,6 +99,8 @@ class Exchange:
         """Let go of all that is large: cancelled tasks refer to an exchange until the next search for cycles."""
         self.runs.clear()
         self.chosen = self.relay = self.merge = self.on_chosen = None
+        if self.request.upload is not None:
+            self.request.upload.close()
         if self.request.body:
             self.request = replace(self.request, body=b"")
 

@@ -38,10 +38,17 @@ def end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]
 
 
 def upstream_headers(
-    head: RequestHead, n_body_bytes: int, client: str, forwarded: Forwarded, *, plain: bool = False, via: str = ""
+    head: RequestHead,
+    n_body_bytes: int | None,
+    client: str,
+    forwarded: Forwarded,
+    *,
+    plain: bool = False,
+    via: str = "",
 ) -> Headers:
     """Return the headers of the request as servers get it, but for `Host`.
 
+    `n_body_bytes` None: nobody knows yet, so the body is chunked.
     `via` is what we are called in the list of those whom it has passed (RFC 9110 §7.6.3), by which we know it again.
     `plain`: the answer is to be read here, so a proxy in front of the server must not be told that it may compress it.
     """
@@ -54,7 +61,9 @@ def upstream_headers(
         headers = _appended(headers, b"forwarded", f"for={node}".encode())
     if via:
         headers = _appended(headers, b"via", f"{head.http_version} {via}".encode())
-    if n_body_bytes or head.framing is not Framing.NONE:
+    if n_body_bytes is None:
+        headers.append((b"Transfer-Encoding", b"chunked"))
+    elif n_body_bytes or head.framing is not Framing.NONE:
         headers.append((b"Content-Length", b"%d" % n_body_bytes))
     return headers
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from email.utils import formatdate
+from urllib.parse import unquote
 
 import anyio
 
@@ -44,6 +45,8 @@ class Merge:
         self.servers = tuple(servers)
         self._request = request
         self._what = f"{route.name.rpartition('/')[2]} of '{facts.model or '?'}'"
+        if route.uploads:
+            self._what = f"blob {_digest(request)}"
         self._progress = Progress(self.servers, self._what) if facts.stream else None
         self._partial = dict.fromkeys(self.servers, b"")  # the beginning of a line
         self._outcomes: dict[str, _Outcome] = {}
@@ -143,6 +146,8 @@ class Merge:
         bad = [outcome for outcome in outcomes if not self._is_good(outcome)]
         said = {(outcome.status, outcome.body) for outcome in outcomes}
         lacking = all(outcome.reason is Reason.MODEL_NOT_FOUND for outcome in outcomes)
+        if self._request.head.method == "HEAD" and any(outcome.status in {200, 404} for outcome in outcomes):
+            return self._is_everywhere(outcomes)
         if (len(said) == 1 or lacking) and outcomes[0].status >= 400:  # they are of one mind
             return LocalAnswer(outcomes[0].status, JSON, outcomes[0].body)
         if not bad:
@@ -161,7 +166,19 @@ class Merge:
         if self._request.route.ending is Ending.NDJSON_SUCCESS:
             told = {"status": "success", "servers": self._states()}
             return LocalAnswer(200, JSON, json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode())
-        return LocalAnswer(200, b"", b"")
+        return LocalAnswer(201 if any(outcome.status == 201 for outcome in self._outcomes.values()) else 200, b"", b"")
+
+    def _is_everywhere(self, outcomes: Sequence[_Outcome]) -> LocalAnswer:
+        """Answer whether a blob is there: it is to be sent unless all have it (capture: blob_head_missing)."""
+        if all(outcome.reason is None for outcome in outcomes):
+            return LocalAnswer(200, b"", b"")
+        message = f'blob "{_digest(self._request)}" not found'
+        return LocalAnswer(404, JSON, error_body(self._request.shape, 404, message))
 
     def _states(self) -> dict[str, str]:
         return {name: outcome.words or "success" for name, outcome in self._outcomes.items()}
+
+
+def _digest(request: ClientRequest) -> str:
+    """Return what a blob's path calls it."""
+    return unquote(request.head.path.rpartition("/")[2])

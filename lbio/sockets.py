@@ -285,6 +285,29 @@ class SocketStream(Stream):
         }
 
 
+async def send_while_taken(stream: ByteStream, data: bytes, patience_s: float) -> None:
+    """Send all of `data`, however slowly the peer reads, as long as it does.
+
+    Raises TimeoutError when it takes nothing for `patience_s`, and what `stream` raises.
+    """
+    if isinstance(stream, SocketStream):
+        data = data[stream.send_nowait(data) :]
+    while data:
+        sent, taken = _progress(stream)
+        with anyio.move_on_after(patience_s):
+            await stream.send(data)
+            return
+        sent_now, taken_now = _progress(stream)
+        if (sent_now, taken_now) == (sent, taken):
+            raise TimeoutError(f"nothing was taken for {patience_s:g} s")
+        data = data[sent_now - sent :]
+
+
+def _progress(stream: ByteStream) -> tuple[int, int]:
+    """Return how much was ever sent, and how much of it has arrived."""
+    return (stream.bytes_sent, stream.bytes_taken) if isinstance(stream, SocketStream) else (0, 0)
+
+
 def readable_address(address: Any) -> tuple[str, int] | str:
     """Reduce a socket address to host and port; an IPv4 peer of a dual-stack socket is shown as IPv4."""
     if not isinstance(address, tuple):

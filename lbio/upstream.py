@@ -15,6 +15,7 @@ from lbcore.events import Reason
 from lbcore.ollama import Ending
 from lbcore.schema import SECOND_NS
 from lbio.addresses import parse_server_url
+from lbio.blob_body import Taker
 from lbio.http1 import ChunkedDecoder, Framing, HttpError, IncompleteBody, Reader, ResponseHead, parse_response_head
 from lbio.settings import PoolSettings
 from lbio.streams import Connect, SocketStream, close_now, connect, connect_tls, is_exhaustion
@@ -74,6 +75,13 @@ class Connection:
         self.half_sent = True
         with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
             await self.stream.send(body)
+            self.half_sent = False
+
+    async def send_upload(self, taker: Taker) -> None:
+        """Send a body as it comes, for as long as the server takes it. Raises TimeoutError when it stalls."""
+        self.half_sent = True
+        with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+            await taker.send_to(self.stream)
             self.half_sent = False
 
     def close(self) -> bool:

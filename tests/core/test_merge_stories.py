@@ -7,6 +7,7 @@ import pytest
 from lbcore import events
 from lbcore.commands import (
     AbortRequest,
+    AttemptKind,
     CancelAttempt,
     CommitAttempt,
     Decision,
@@ -14,10 +15,11 @@ from lbcore.commands import (
     PassAnswer,
     StartMerge,
 )
+from lbcore.config import Strategy
 from lbcore.events import Reason
 from lbcore.ollama import RequestKind
 from lbcore.states import Reliability
-from tests.playbook import A, Playbook, arrival, decision, fleet, rejected
+from tests.playbook import A, Playbook, arrival, decision, fleet, many, rejected
 
 MANAGE = RequestKind.MANAGE
 
@@ -116,6 +118,94 @@ def test_a_drain_that_takes_too_long_breaks_a_merged_answer_off() -> None:
     book.token(first) >> events.DrainDeadlinePassed()
     book << CancelAttempt(first.id, Reason.DRAINED) << CancelAttempt(second.id, Reason.DRAINED)
     book << AbortRequest(1, "the load balancer is shutting down")
+
+
+# --- blobs -----------------------------------------------------------------------------------------------------
+
+BLOBS = "/api/blobs/:digest"
+
+
+def paused(book: Playbook, *attempts: A, paused: bool = True) -> None:
+    """Tell that the request is, or is not any more, being sent."""
+    for attempt in attempts:
+        book.balancer.note_paused(attempt.id, paused=paused, now_ns=book.now_ns)
+
+
+def test_a_blob_goes_to_every_live_server() -> None:
+    book = fleet("a b", have="n", active="")
+    first, second = change(book, BLOBS)
+    book.head(first, second).ends(first) << book.probed("a")
+    book.ends(second) << book.probed("b") << EndMerge(1)
+
+
+def test_a_blob_may_take_as_long_as_it_is_being_sent_and_the_time_for_an_answer_runs_from_then_on() -> None:
+    book = fleet("a b")
+    first, second = change(book, BLOBS)
+    book >> events.AttemptConnected(first.id) >> events.AttemptConnected(second.id)
+    paused(book, first, second)
+    book.after(2_000_000).done()
+    paused(book, first, second, paused=False)
+    book.after(899_000).done()
+    book >> events.HeadReceived(first.id, 201)
+    book.ends(first) << book.probed("a")
+    book.after(1_000) << CancelAttempt(second.id, Reason.ANSWER_TIMEOUT) << EndMerge(1)
+    assert book.server("b").is_alive
+
+
+def test_a_server_that_answers_late_after_a_long_upload_has_time_for_the_rest_of_its_answer() -> None:
+    book = fleet("a")
+    only = book.alone(1, "a", route=BLOBS, kind=MANAGE, stream=False)
+    book >> events.AttemptConnected(only.id)
+    paused(book, only)
+    book.after(899_000)
+    paused(book, only, paused=False)
+    book.after(500) >> events.HeadReceived(only.id, 201)
+    book.after(10_000).done()
+    book.ends(only) << book.probed("a") << CommitAttempt(1, only.id)
+
+
+def test_what_was_not_sent_at_all_goes_to_the_next_server_and_what_was_half_sent_does_not() -> None:
+    routes = many(BLOBS, strategy=Strategy.SEQUENTIAL)
+    book = fleet("a b", routes=routes)
+    first = book.alone(1, route=BLOBS, kind=MANAGE, stream=False)
+    book.failed(first, Reason.CONNECT_REFUSED) << book.probed(first.server)
+    second = book.started(1, AttemptKind.RETRY)
+    book.done()
+    book >> events.AttemptConnected(second.id)
+    book.failed(second, Reason.BUSY, 503) << PassAnswer(1, second.id)
+
+
+def test_a_blob_that_is_not_everywhere_is_no_failure() -> None:
+    book = fleet("a b")
+    book >> arrival(1, None, route=BLOBS, stream=False) << StartMerge(1, (1, 2))
+    first, second = book.started(1, server="a"), book.started(1, server="b")
+    book.failed(first, Reason.ELSEWHERE, 404).done()
+    book.head(second).ends(second) << EndMerge(1)
+    assert book.outcome(1) is Decision.FINISHED
+    assert book.server("a").health == 1.0
+
+
+def test_what_all_servers_refuse_is_no_failure_but_what_one_of_them_refuses_is() -> None:
+    book = fleet("a b")
+    for request_id, n_refused, outcome in ((1, 2, Decision.FINISHED), (2, 1, Decision.FAILED)):
+        attempts = change(book, BLOBS, request_id)
+        for attempt in attempts[n_refused:]:
+            book.head(attempt).ends(attempt).skip()
+        for attempt in attempts[:n_refused]:
+            book.failed(attempt, Reason.CLIENT_ERROR, 400)
+        book << EndMerge(request_id)
+        assert book.outcome(request_id) is outcome
+
+
+def test_a_question_for_a_blob_is_put_to_each_server_once_though_one_dies() -> None:
+    book = fleet("a b c")
+    book >> arrival(1, None, route=BLOBS, stream=False, servers=("a", "b")) << StartMerge(1, (1, 2))
+    first, second = book.started(1, server="a"), book.started(1, server="b")
+    for _ in range(2):
+        book.server("a").doubted = book.server("b").doubted = True
+    book.failed(first, Reason.RESET) << book.probed("a")
+    book.done()
+    book.failed(second, Reason.RESET) << book.probed("b") << EndMerge(1)
 
 
 # --- the servers that a client names ---------------------------------------------------------------------------

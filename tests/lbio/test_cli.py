@@ -223,6 +223,7 @@ routes
   /api/pull                 broadcast
   /api/create               broadcast
   /api/push                 sequential
+  /api/blobs/:digest        broadcast
   /api/copy                 broadcast
   /api/delete               broadcast
   *                         sequential
