@@ -4,7 +4,6 @@ The order of the checks is Ollama's, since with two mistakes in one request the 
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -267,10 +266,13 @@ def _check_capabilities(model: FakeModel, name: str, fields: Mapping[str, Any]) 
             raise ApiError(400, f"{full_name(model)} does not support {word}")
 
 
+_NUMBER_MAX = 2.0**63  # Go's int64 holds no more
+
+
 def _check_options(options: Mapping[str, Any]) -> None:
     """Refuse options of the wrong type; the client's fault, though Ollama says 500 (chat_bad_option)."""
     for name, value in options.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _NUMBER_MAX
         if value is None or (number and (name in _INTEGER_OPTIONS or name in _FLOAT_OPTIONS)):
             continue
         if name in _INTEGER_OPTIONS:

@@ -53,7 +53,7 @@ class _Log:
         for attempt, _, tokens, *_ in chunks:
             self._tokens[attempt] = self._tokens.get(attempt, 0) + tokens
         if event is not None and event[0] == _ARRIVED:
-            _, request, route, model, kind, stream, generates, key = event
+            _, request, route, model, kind, stream, generates, key, _ = event
             if generates and kind == "generate" and model is not None:
                 num_ctx = json.loads(key).get("num_ctx") if key else None
                 row = Row(self._now_ns, 1, 1, model, route=route, stream=stream, num_ctx=num_ctx)

@@ -126,6 +126,8 @@ def test_load_and_unload(path: str, keep_alive: object) -> None:
         (b'{"model": "tin', 400, "unexpected EOF"),
         (b'{"model": "tiny", "messages": [{}], "options": {"num_predict": 1e999}}', 500,
          'option "num_predict" must be of type integer'),
+        (b'{"model": "tiny", "messages": [{}], "options": {"num_ctx": 1' + b"0" * 400 + b"}}", 500,
+         'option "num_ctx" must be of type integer'),
         (b"nonsense", 400, "invalid character 'n' looking for beginning of value"),
         (b"[1]", 400, "json: cannot unmarshal array into Go value of type api.ChatRequest"),
         ({"model": 5}, 400,
