@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from benchmarks import chaos, core, fidelity, race
+from benchmarks import blob, chaos, core, fidelity, race
 from benchmarks.kit import RESULTS, Report, parser
 
 _FULL: dict[str, Callable[[], Report]] = {
@@ -13,12 +13,14 @@ _FULL: dict[str, Callable[[], Report]] = {
     "race": race.run,
     "chaos": chaos.run,
     "fidelity": fidelity.run,
+    "blob": blob.run,
 }
 _QUICK: dict[str, Callable[[], Report]] = {
     "core": lambda: core.run(n_events=50_000, repeats=3),
     "race": lambda: race.run(n_races=40),
     "chaos": lambda: chaos.run(seconds=chaos.QUICK_SECONDS),
     "fidelity": lambda: fidelity.run(n_requests=fidelity.QUICK_REQUESTS),
+    "blob": lambda: blob.run(n_mib=blob.QUICK_MIB),
 }
 
 

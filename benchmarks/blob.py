@@ -23,6 +23,7 @@ from benchmarks.kit import Report, fake_fleet, finish, number, parser, workspace
 MIB = 1 << 20
 SERVERS = 3
 BAR_MIB = 150.0
+QUICK_MIB = 256
 _PATIENCE_S = 600.0
 
 
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser(__doc__ or "", "python -m benchmarks.blob --mib 8192")
     options.add_argument("--mib", type=int, help="how large the blob is; default 2048")
     args = options.parse_args(argv)
-    return finish(run(n_mib=args.mib or (256 if args.quick else 2048)), as_json=args.json)
+    return finish(run(n_mib=args.mib or (QUICK_MIB if args.quick else 2048)), as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -341,8 +341,8 @@ class AttemptRun:
         """Tell the core, once, how the answer ended."""
         status, verdict = answer.head.status, answer.verdict
         if status >= 400:
-            passed_through = self.exchange.request.route is PASS_THROUGH
-            reason = reason_of(status, answer.held, passed_through=passed_through)
+            route = self.exchange.request.route  # of a blob, 404 is the answer
+            reason = reason_of(status, answer.held, passed_through=route is PASS_THROUGH or route.uploads)
             self._fail(reason, _shortened(answer.held), status=status, answered=True)
         elif verdict is not None:
             self._fail(verdict, "", status=status, answered=verdict is Reason.ERROR_LINE)

@@ -85,12 +85,17 @@ class BlobBody:
         self._takers.append(taker)
         return taker
 
-    async def take(self, at: int) -> bytes:
-        """Return what follows the first `at` bytes as soon as there is something, b"" at the end."""
+    async def take(self, taker: Taker) -> bytes:
+        """Return what follows for a taker as soon as there is something, b"" at the end.
+
+        Raises anyio.ClosedResourceError when it has left, or all is over: what it would get then is not what follows.
+        """
         self._wanted.set()
-        while at == self._end and not self._ended:
+        while taker.at == self._end and not self._ended and taker in self._takers:
             await self._more.wait()
-        first = at - self._begin
+        if taker not in self._takers:
+            raise anyio.ClosedResourceError
+        first = taker.at - self._begin
         with memoryview(self._window) as window:
             return bytes(window[first : first + PIECE_BYTES])
 
@@ -116,6 +121,7 @@ class BlobBody:
         """Let go of everything: the request is over."""
         self._takers.clear()
         self._window = bytearray()
+        self._tell_more()
 
 
 class Taker:
@@ -131,8 +137,8 @@ class Taker:
         return f"<Taker at {self.at}>"
 
     async def take(self) -> bytes:
-        """Return the next piece as soon as there is one, b"" at the end."""
-        piece = await self._body.take(self.at)
+        """Return the next piece as soon as there is one, b"" at the end. Raises anyio.ClosedResourceError."""
+        piece = await self._body.take(self)
         self.at += len(piece)
         self._body.let_go()
         return piece

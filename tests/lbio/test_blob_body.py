@@ -212,6 +212,33 @@ async def test_a_body_that_comes_byte_by_byte_is_held_in_no_more_memory_and_take
 
 
 @in_virtual_time
+async def test_who_has_left_gets_nothing_that_looks_like_the_end() -> None:
+    for is_over in (False, True):
+        body = BlobBody(None, 60)
+        taker, other = body.join(), body.join()
+        body.put(b"ab")
+        assert await taker.take() == await other.take() == b"ab"
+        waited: list[str] = []
+
+        async def wait(taker: Taker, waited: list[str]) -> None:
+            with pytest.raises(anyio.ClosedResourceError):
+                await taker.take()
+            waited.append("closed")
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait, taker, waited)
+            await anyio.wait_all_tasks_blocked()
+            if is_over:
+                body.close()
+            else:
+                taker.leave()
+            body.put(b"c")
+        assert waited == ["closed"]
+        with pytest.raises(anyio.ClosedResourceError):
+            await taker.take()
+
+
+@in_virtual_time
 async def test_a_closed_body_holds_nothing() -> None:
     body = BlobBody(None, 60)
     body.join()

@@ -550,6 +550,16 @@ async def test_a_server_that_does_not_answer_may_not_have_it() -> None:
         assert (await ask_for(rig, blob)).status == 502
 
 
+async def test_what_one_server_alone_says_is_the_answer_and_no_dead_one_is_asked_too() -> None:
+    async with balanced(specs("a", "b"), **CALM) as rig:
+        fault(rig.fleet[1], FaultKind.REFUSE)
+        for _ in range(2):
+            await rig.ask("POST", "/sync_servers")
+        answer = await ask_for(rig, blob_of(10))
+        assert (answer.status, answer.header("X-Ollama-LB-Attempts")) == (404, "1")
+        assert answer.header("Content-Length") == "102"
+
+
 async def test_other_methods_are_refused_whatever_they_send() -> None:
     async with balanced(specs("a", "b")) as rig:
         answer = await rig.send(request("PUT", "/api/blobs/sha256:x", b"x"))
