@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
 from lbcore.events import ModelInfo
@@ -18,7 +18,15 @@ from lbcore.records import Server
 _NUMBERS = re.compile(r"\d{1,18}")  # a longer one is compared in parts: Python reads none of thousands of digits
 
 
-def _newest(servers: Iterable[Server]) -> list[ModelInfo]:
+May = Callable[[str], bool]
+"""Tells whether a model, by its name, is to be listed."""
+
+
+def _every(_model: str) -> bool:
+    return True
+
+
+def _newest(servers: Iterable[Server], may: May = _every) -> list[ModelInfo]:
     """Return every model of a live server once, changed last first, as Ollama does."""
     newest: dict[str, ModelInfo] = {}
     for server in servers:
@@ -27,17 +35,17 @@ def _newest(servers: Iterable[Server]) -> list[ModelInfo]:
                 info = record.available
                 if info is not None and (name not in newest or _age_key(info) > _age_key(newest[name])):
                     newest[name] = info
-    return sorted(newest.values(), key=_age_key, reverse=True)
+    return sorted((info for name, info in newest.items() if may(name)), key=_age_key, reverse=True)
 
 
-def tags_json(servers: Iterable[Server]) -> bytes:
+def tags_json(servers: Iterable[Server], may: May = _every) -> bytes:
     """Return the answer to `GET /api/tags`."""
-    return _models(info.entry for info in _newest(servers))
+    return _models(info.entry for info in _newest(servers, may))
 
 
-def v1_models_json(servers: Iterable[Server]) -> bytes:
+def v1_models_json(servers: Iterable[Server], may: May = _every) -> bytes:
     """Return the answer to `GET /v1/models` (capture: v1_models)."""
-    told = {"object": "list", "data": [_v1_entry(info, info.name) for info in _newest(servers)]}
+    told = {"object": "list", "data": [_v1_entry(info, info.name) for info in _newest(servers, may)]}
     return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
@@ -79,7 +87,7 @@ def _timestamp(text: str) -> float:
         return 0.0
 
 
-def ps_json(servers: Iterable[Server]) -> bytes:
+def ps_json(servers: Iterable[Server], may: May = _every) -> bytes:
     """Return the answer to `GET /api/ps`: every loaded model of a live server, once."""
     entries: dict[str, str] = {}
     for server in servers:
@@ -87,7 +95,7 @@ def ps_json(servers: Iterable[Server]) -> bytes:
             for name, record in server.models.items():
                 if record.active is not None:
                     entries[name] = max(entries.get(name, ""), record.active.entry)
-    return _models(entries[name] for name in sorted(entries))
+    return _models(entries[name] for name in sorted(entries) if may(name))
 
 
 def _models(entries: Iterable[str]) -> bytes:

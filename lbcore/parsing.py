@@ -182,6 +182,18 @@ def _texts(value: Any, declared: Setting) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def _pairs(value: Any, declared: Setting) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, Mapping):
+        raise RefusedError("is not a table", 'write it in braces: { "a" = "b" }')
+    pairs = []
+    for name, each in value.items():
+        try:
+            pairs.append((name, _text(each, declared)))
+        except RefusedError as error:
+            raise RefusedError(f"has {quote(name)} in it, which {error.message}", "write text in quotes") from None
+    return tuple(pairs)
+
+
 _PARSERS: Mapping[Kind, Callable[[Any, Setting], Any]] = {
     Kind.DURATION: lambda value, _: parse_duration(value),
     Kind.SIZE: lambda value, _: parse_size(value),
@@ -191,6 +203,7 @@ _PARSERS: Mapping[Kind, Callable[[Any, Setting], Any]] = {
     Kind.CHOICE: _choice,
     Kind.TEXT: _text,
     Kind.TEXTS: _texts,
+    Kind.PAIRS: _pairs,
 }
 
 _HIGHEST: Mapping[Kind, float] = {

@@ -30,6 +30,7 @@ class Kind(StrEnum):
     CHOICE = "choice"  # a StrEnum member
     TEXT = "text"  # str
     TEXTS = "texts"  # a list of text; held as a tuple of str
+    PAIRS = "pairs"  # a table of text; held as a tuple of (key, text)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,6 +148,7 @@ UNIT_NAMES: Mapping[Kind, str] = {
     Kind.CHOICE: "one of",
     Kind.TEXT: "text",
     Kind.TEXTS: "list of text",
+    Kind.PAIRS: "table of text",
 }
 
 
@@ -158,6 +160,8 @@ def format_value(kind: Kind, value: Any) -> Any:
         return format_size(int(value))
     if kind is Kind.TEXTS:
         return list(value)
+    if kind is Kind.PAIRS:
+        return dict(value)
     return str(value) if kind is Kind.CHOICE else value
 
 

@@ -45,9 +45,10 @@ class Admin:
         """Tell whether a path is one of ours."""
         return path in self._methods or path.startswith(_SERVERS)
 
-    async def answer(self, head: RequestHead, body: bytes, peer: str) -> LocalAnswer:
-        """Carry out a management request from `peer`."""
-        if self._driver.app.admin.allow is AdminAccess.LOOPBACK and (why := _why_foreign(head, peer)):
+    async def answer(self, head: RequestHead, body: bytes, peer: str, *, has_key: bool = False) -> LocalAnswer:
+        """Carry out a management request from `peer`; one whose key allows it may come from anywhere."""
+        is_open = has_key or self._driver.app.admin.allow is AdminAccess.ANY
+        if not is_open and (why := _why_foreign(head, peer)):
             return _error(
                 403, f'management is allowed from this machine only, and {why} (admin.allow = "any" opens it to all)'
             )

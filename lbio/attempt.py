@@ -240,7 +240,7 @@ class AttemptRun:
         return await self._ask(fresh)
 
     def _wire(self, request: ClientRequest) -> list[bytes]:
-        head, body = request.head_for(self.endpoint.authority), request.body
+        head, body = request.head_for(self.endpoint.authority, self.endpoint.credentials), request.body
         return [head + body] if len(body) <= _JOIN_BYTES_MAX else [head, body]
 
     async def _ask(self, connection: Connection) -> ResponseHead | None:

@@ -98,14 +98,14 @@ def _fields(body: bytes) -> _Fields:
         fields = _decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         if len(body) > _LENIENT_BYTES_MAX:
-            return _decode(_without_surrogates(body))
+            return _decode(without_surrogates(body))
     else:
         if fields.model or fields.name or fields.source or len(body) > _LENIENT_BYTES_MAX:
             return fields
     return _lenient_fields(body)
 
 
-def _without_surrogates(body: bytes) -> bytes:
+def without_surrogates(body: bytes) -> bytes:
     """Replace what is cut out of an emoji, as JavaScript does to texts, by other characters of the same length.
 
     Go does not mind it, msgspec does; what the texts say does not matter here.

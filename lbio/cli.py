@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from lbcore import __version__
+from lbio.key_command import key
 
 # ruff: noqa: PLC0415  # `--help` must not wait for what it does not need
 
@@ -86,6 +87,9 @@ def cli() -> None:
     """One fast, dependable Ollama out of many: races chat requests over N servers."""
 
 
+cli.add_command(key)
+
+
 # --- commands ----------------------------------------------------------------------------------------------
 
 
@@ -138,14 +142,17 @@ def check(config: str | None, *, as_json: bool, **flags: Any) -> int:
     import dataclasses
     import json
 
-    from lbio.config_file import directory_warnings
-    from lbio.summary import problems_object, summary_lines, summary_object
+    from lbio.summary import found_at_start, problems_object, summary_lines, summary_object
 
     report = (lambda problems: click.echo(json.dumps(problems_object(problems), default=str))) if as_json else None
     app = _load(config, flags, [], report=report, quiet=True)
     if app is None:
         return EXIT_CONFIG
-    app = dataclasses.replace(app, warnings=(*app.warnings, *directory_warnings(app)))
+    problems, warnings = found_at_start(app)
+    if problems:
+        (report or _report)(problems)
+        return EXIT_CONFIG
+    app = dataclasses.replace(app, warnings=(*app.warnings, *warnings))
     if as_json:
         click.echo(json.dumps(summary_object(app)))
     else:

@@ -144,6 +144,13 @@ class ClientStream:
         except IncompleteBody as error:
             raise ClientGone(str(error)) from error
 
+    def skip_body(self, head: RequestHead) -> None:
+        """Leave a body unread: unless it is here whole, nothing can follow it."""
+        buffered = self.reader.buffered
+        self.in_body = head.framing is Framing.CHUNKED or len(buffered) < head.content_length
+        if not self.in_body:
+            del buffered[: head.content_length]
+
     def expect_body(self, head: RequestHead) -> None:
         """Take note of a body that is not to be held but for a window of it. Raises HttpError 503 as `read_body`."""
         self.in_body = True

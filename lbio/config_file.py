@@ -17,6 +17,7 @@ from lbcore.file_kind import FileKind, other_kind
 from lbcore.parsing import ABSENT, Keys, Problem, RefusedError, parse_table, show
 from lbcore.schema import fields_of, join, keys_of
 from lbio.addresses import Address, parse_listen, parse_origin
+from lbio.config_keys import KEYS_KEYS, parse_keys, parse_upstream, without_secret
 from lbio.config_servers import (
     SERVER_KEYS,
     Keyed,
@@ -27,6 +28,7 @@ from lbio.config_servers import (
     server_warnings,
 )
 from lbio.config_text import document, dump
+from lbio.cors import is_loopback
 from lbio.settings import DEFAULT_LISTEN, AdminAccess, AppConfig
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "ConfigError",
     "Overrides",
     "Problem",
+    "access_warnings",
     "config_path",
     "directory_warnings",
     "document",
@@ -83,8 +86,8 @@ _FLAGS: Sequence[tuple[str, str, str, str]] = (
 _ORDERED: Order = (*CORE_ORDER, ("limits.body_bytes_max", "limits.bodies_bytes_max"))
 
 _CORE_TABLES = frozenset(field.key for field in fields_of(Config))
-_OWN_PARSERS = frozenset({"servers", "routes", "fleet"})
-_ALL_KEYS: Keys = (*keys_of(AppConfig), *keys_of(Config), *SERVER_KEYS, *ROUTE_KEYS, ("", "fleet"))
+_OWN_PARSERS = frozenset({"servers", "routes", "fleet", "keys"})
+_ALL_KEYS: Keys = (*keys_of(AppConfig), *keys_of(Config), *SERVER_KEYS, *ROUTE_KEYS, *KEYS_KEYS, ("", "fleet"))
 
 NO_SERVERS = Problem("servers", ABSENT, "no server is named",
                      'write [[servers]] and below it url = "http://gpu1:11434", or give the flag '
@@ -159,6 +162,8 @@ def parse(raw: Mapping[str, Any], overrides: Overrides = NO_OVERRIDES, *, base: 
     listen = _parse_listen(app.listen, problems)
     origins = _parse_origins(app.origins, problems)
     servers = _servers(raw, overrides, problems, warnings, base)
+    upstream = parse_upstream(raw.get("servers"), servers, problems, _ALL_KEYS, base)
+    keys = parse_keys(raw.get("keys", []), problems, _ALL_KEYS, base)
     refuse_loops(servers, listen, problems)
     fleet = _fleet(raw, overrides, servers, problems, warnings)
     if fleet and check_fleet is not None:
@@ -168,9 +173,10 @@ def parse(raw: Mapping[str, Any], overrides: Overrides = NO_OVERRIDES, *, base: 
     if need_servers and not (servers or fleet or problems):
         problems.append(NO_SERVERS)
     if problems:
-        raise ConfigError(_sorted(problems, raw, flag_of))
+        raise ConfigError(map(without_secret, _sorted(problems, raw, flag_of)))
     core = dataclasses.replace(core, servers=tuple(server for _, server in servers), routes=routes)
-    app = dataclasses.replace(app, listen=str(listen), origins=origins, core=core, fleet=fleet)
+    app = dataclasses.replace(app, listen=str(listen), origins=origins, keys=keys, upstream=upstream)
+    app = dataclasses.replace(app, core=core, fleet=fleet)
     return dataclasses.replace(app, warnings=(*warnings, *server_warnings(servers), *_app_warnings(app)))
 
 
@@ -269,8 +275,15 @@ def _fleet(raw: Mapping[str, Any], overrides: Overrides, servers: Iterable[Keyed
 
 
 def _app_warnings(app: AppConfig) -> Iterable[str]:
-    if app.admin.allow is AdminAccess.ANY:
+    if app.admin.allow is AdminAccess.ANY and not app.keys:
         yield f'admin.allow = "any": whoever reaches {app.listen} may add and remove servers'
+
+
+def access_warnings(app: AppConfig) -> Iterable[str]:
+    """Yield a warning of a balancer that everybody may use and change who reaches it from other machines."""
+    if not (app.keys or is_loopback(parse_listen(app.listen).host)):
+        yield (f"no [[keys]]: whoever reaches {app.listen} may use its models and change them; "
+               "`ollama-lb key new NAME` makes a key, --listen 127.0.0.1:11434 lets only this machine in")
 
 
 def directory_warnings(app: AppConfig) -> Iterable[str]:

@@ -12,11 +12,14 @@ from lbcore.config import ServerSettings
 from lbcore.parsing import ABSENT, Keys, Problem, RefusedError, parse_table, quote
 from lbcore.schema import keys_of
 from lbio.addresses import Address, ServerUrl, is_same_place, parse_name, parse_server_url
+from lbio.config_keys import UPSTREAM_KEYS
+from lbio.settings import UpstreamSettings
 from lbio.tls import check_ca_file
 
 _T = TypeVar("_T")
 
-SERVER_KEYS: Keys = (("", "servers"), *(("servers", name) for _, name in keys_of(ServerSettings)))
+SERVER_KEYS: Keys = (
+    ("", "servers"), *(("servers", name) for cls in (ServerSettings, UpstreamSettings) for _, name in keys_of(cls)))
 TABLES_FIX = 'write [[servers]] on a line of its own and below it url = "http://gpu1:11434"'
 
 Keyed = tuple[str, ServerSettings]
@@ -57,6 +60,7 @@ def _parse_server(raw: Any, key: str, problems: list[Problem], also: Keys,
     if not isinstance(raw, Mapping):
         problems.append(Problem(key, raw, "is not a table", TABLES_FIX))
         return None
+    raw = {name: value for name, value in raw.items() if name not in UPSTREAM_KEYS}  # which the core must not know
     server = parse_table(ServerSettings, raw, key, problems, also=also)
     if server is not None:
         url = _attempt(parse_server_url, server.url, f"{key}.url", problems)

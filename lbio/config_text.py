@@ -14,7 +14,7 @@ from lbcore.ollama import PASS_THROUGH, ROUTES, Route
 from lbcore.parsing import quote, show
 from lbcore.schema import Field, Setting, describe_setting, fields_of, format_value, join, walk
 from lbio.addresses import parse_server_url
-from lbio.settings import AppConfig
+from lbio.settings import NO_UPSTREAM, AppConfig, KeySettings
 
 # --- what differs ------------------------------------------------------------------------------------------
 
@@ -33,19 +33,30 @@ def dump(app: AppConfig) -> str:
               **{key: value for key, value in tree.items() if key not in scalars}}
     texts = [
         tomli_w.dumps(scalars),
-        *(f"[[servers]]\n{tomli_w.dumps(_dump_server(server))}" for server in app.core.servers),
+        *map(dump_key, app.keys),
+        *(_short_block("servers", _dump_server(server, app)) + "\n" for server in app.core.servers),
         tomli_w.dumps({key: value for key, value in tables.items() if value}),
     ]
     return "\n".join(text for text in texts if text)
+
+
+def dump_key(key: KeySettings) -> str:
+    """Return the TOML text of one key."""
+    return _short_block("keys", _differing(key, KeySettings(name=""))) + "\n"
 
 
 def _written(field: Field, value: Any) -> Any:
     return value if field.setting is None else format_value(field.setting.kind, value)
 
 
-def _dump_server(server: ServerSettings) -> dict[str, Any]:
+def _dump_server(server: ServerSettings, app: AppConfig) -> dict[str, Any]:
     default = ServerSettings(url=server.url, name=str(parse_server_url(server.url).address))
-    return {field.key: value for _, field, value in walk(server)
+    return {**_differing(server, default), **_differing(app.upstream.get(server.url, NO_UPSTREAM), NO_UPSTREAM)}
+
+
+def _differing(settings: Any, default: Any) -> dict[str, Any]:
+    """Return the keys of a table that must be written."""
+    return {field.key: _written(field, value) for _, field, value in walk(settings)
             if field.mandatory or value != getattr(default, field.name)}
 
 
@@ -66,6 +77,11 @@ EXAMPLE_SERVERS = (ServerSettings(url="http://gpu1:11434", name="gpu1"),
                    ServerSettings(url="http://gpu2:11434", name="gpu2"))
 
 _SERVERS_HEAD = "The Ollama servers; one [[servers]] each. The second shows the least that is needed."
+EXAMPLE_KEY = KeySettings(name="alice")
+_KEYS_HEAD = """\
+The keys of clients; one [[keys]] each. Without any, whoever reaches this address may do everything. \
+`ollama-lb key new NAME` makes one, and prints what to write here.
+"""
 _ROUTES_HEAD = """\
 How each route is forwarded; what is not listed here, "*" decides.
 
@@ -82,8 +98,8 @@ def document(app: AppConfig | None = None) -> str:
     """Return TOML text that has every key once, with a comment; `configs/prod.toml` is this for the defaults."""
     app = AppConfig() if app is None else app
     servers = app.core.servers or EXAMPLE_SERVERS
-    blocks = [_comment(_HEAD), *_settings_blocks(app), _rule(_SERVERS_HEAD), *_server_blocks(servers)]
-    blocks += [_rule(_ROUTES_HEAD), _routes_block(app)]
+    blocks = [_comment(_HEAD), *_settings_blocks(app), _rule(_KEYS_HEAD), *_keys_blocks(app)]
+    blocks += [_rule(_SERVERS_HEAD), *_server_blocks(servers, app), _rule(_ROUTES_HEAD), _routes_block(app)]
     for part in (app.core, app):
         for field in fields_of(type(part)):
             if field.section is not None:
@@ -124,23 +140,38 @@ def _allowed(field: Field, declared: Setting) -> str:
     elif field.default is None:
         default = "no default"
     else:
-        default = f"default {show(format_value(declared.kind, field.default))}"
+        default = f"default {_toml(format_value(declared.kind, field.default))}"
     return f"{describe_setting(declared)}; {default}"
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, Mapping):
+        pairs = ", ".join(f"{join('', key)} = {_toml(it)}" for key, it in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
     return quote(value) if isinstance(value, str) else show(value)
 
 
-def _server_blocks(servers: tuple[ServerSettings, ...]) -> Iterator[str]:
+def _server_blocks(servers: tuple[ServerSettings, ...], app: AppConfig) -> Iterator[str]:
     """Yield the first server with every key explained, and each further one as short as it can be."""
     yield "[[servers]]"
     yield from _settings_blocks(servers[0])
+    yield from _settings_blocks(app.upstream.get(servers[0].url, NO_UPSTREAM))
     for server in servers[1:]:
-        lines = [f"{key} = {_toml(value)}" for key, value in _dump_server(server).items()]
-        yield "\n".join(("[[servers]]", *lines))
+        yield _short_block("servers", _dump_server(server, app))
+
+
+def _keys_blocks(app: AppConfig) -> Iterator[str]:
+    """Yield every key of `[[keys]]` explained, in comments: one that stands there would lock everybody else out."""
+    example = "\n\n".join(("[[keys]]", *_settings_blocks(EXAMPLE_KEY)))
+    lines = [line if line.startswith("#") or not line else f"# {line}" for line in example.split("\n")]
+    yield "\n".join(lines)
+    yield from map(dump_key, app.keys)
+
+
+def _short_block(table: str, values: Mapping[str, Any]) -> str:
+    return "\n".join((f"[[{table}]]", *(f"{key} = {_toml(value)}" for key, value in values.items())))
 
 
 def _routes_block(app: AppConfig) -> str:

@@ -16,7 +16,7 @@ from anyio.abc import ByteStream
 
 from lbcore.commands import RejectRequest
 from lbcore.config import Strategy
-from lbcore.ollama import Shape, find_route, shape_of
+from lbcore.ollama import Route, Shape, find_route, shape_of
 from lbcore.requests import PIN_HEADER
 from lbcore.schema import SECOND_NS
 from lbio.addresses import parse_listen
@@ -26,26 +26,34 @@ from lbio.blob_body import BlobBody
 from lbio.bodies import read_facts
 from lbio.client import BodyBudget, ClientGone, ClientStream
 from lbio.cors import NOTHING, Cors, Verdict, is_loopback
+from lbio.credentials import CLIENT_KEYS
 from lbio.driver import Driver
 from lbio.exchange import ClientRequest, Exchange, head_parts
+from lbio.gate import Gate
 from lbio.headers import has_passed, upstream_headers
 from lbio.http1 import Framing, HeaderPairs, HttpError, RequestHead, parse_request_head, serialize_response
+from lbio.keys import Key as ClientKey
+from lbio.keys import Keyring
 from lbio.local import (
+    LISTS,
     NEEDS_SERVERS,
     LocalAnswer,
+    answer_list,
     answer_route,
     error_answer,
     model_in_path,
     preliminary_answer,
 )
 from lbio.relay import Relay
+from lbio.shows import Key, ShowRelay, Shows
 
 _SETTLE_S = 2.0
 """How long a merged view waits for the first probes after the start."""
 _OUTDATED_S = 0.5
 """How long it waits for those servers that have changed since they were last read."""
 
-_PIN = PIN_HEADER.lower().encode()
+_SERVER = PIN_HEADER.encode()
+_PIN = _SERVER.lower()
 
 _LOOP = "this request has been here before: a server that it was sent to leads back to this load balancer"
 
@@ -53,12 +61,14 @@ _LOOP = "this request has been here before: a server that it was sent to leads b
 class Front:
     """What all client connections share."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, keyring: Keyring | None = None) -> None:
         self.driver = driver
         self.admin = Admin(driver)
+        self.gate = Gate(keyring, self.admin.is_admin) if keyring is not None else None
         own_name = socket.gethostname().lower() if is_loopback(parse_listen(driver.app.listen).host) else None
         self._cors = Cors(driver.app.origins, own_name=own_name)
         self.draining = False
+        self.shows = Shows()
         self.bodies = BodyBudget(driver.app.limits.bodies_bytes_max)
         self._boot = secrets.token_hex(2)
         self._ids: Iterator[int] = itertools.count(1)
@@ -78,6 +88,28 @@ class Front:
             return NOTHING
         host, methods = head.header(b"host") or b"", find_route(head.path).methods
         return self._cors.judge(head.method, origin or b"", host, methods)
+
+    def admit(self, head: RequestHead, peer: str, verdict: Verdict) -> ClientKey | LocalAnswer | None:
+        """Return the key of a request, or the answer to it if it lacks the one it needs, or needs none."""
+        if self.gate is None:
+            return None
+        if verdict.answer is not None:  # to a browser, which has no key to send yet
+            return verdict.answer
+        admitted = self.gate.admit(head, self.driver.clock())
+        if isinstance(admitted, LocalAnswer):
+            self._tell(self.gate, admitted, head, peer)
+        return admitted
+
+    def refuse_models(self, key: ClientKey | None, head: RequestHead, body: bytes, peer: str) -> LocalAnswer | None:
+        """Return the answer to a request that names a model which its key may not use."""
+        refusal = self.gate.refuse_models(key, head, body) if self.gate is not None and key is not None else None
+        if self.gate is not None and refusal is not None:
+            self._tell(self.gate, refusal, head, peer)
+        return refusal
+
+    def _tell(self, gate: Gate, refusal: LocalAnswer, head: RequestHead, peer: str) -> None:
+        if (words := gate.words(refusal, head, peer, self.driver.clock())) is not None:
+            self.driver.log.warning(words)
 
     async def serve(self, stream: ByteStream) -> None:
         """Serve one connection until it ends."""
@@ -129,7 +161,9 @@ class ClientConnection:
         self._driver = front.driver
         self._is_idle = True  # but for what of a request may have come
         self._cors_headers: HeaderPairs = ()  # of the answer to this request
+        self._key: ClientKey | None = None  # of this request
         self._is_over = False  # no further request is read
+        self._show_key: Key | None = None  # under which the answer to a request for `/api/show` is kept
 
     @property
     def is_idle(self) -> bool:
@@ -167,6 +201,7 @@ class ClientConnection:
         """Read and answer one request; return whether another may follow."""
         head: RequestHead | None = None
         self._cors_headers = ()
+        self._show_key = None
         try:
             try:
                 raw = await self._client.read_head()
@@ -176,6 +211,11 @@ class ClientConnection:
                 head = parse_request_head(raw)
                 verdict = self._front.judge(head)
                 self._cors_headers = verdict.headers
+                admitted = self._front.admit(head, self._client.peer, verdict)
+                if isinstance(admitted, LocalAnswer):
+                    self._client.skip_body(head)
+                    return await self._respond(admitted, head)
+                self._key = admitted
                 body = await self._read_body(head)
             except HttpError as error:
                 self._is_idle = False
@@ -204,19 +244,42 @@ class ClientConnection:
         if has_passed(head, self._driver.via):
             return await self._respond(error_answer(shape_of(path), 508, _LOOP), head)
         if self._front.admin.is_admin(path):
-            return await self._respond(await self._front.admin.answer(head, body, self._client.peer), head)
-        answer = preliminary_answer(head)
-        if answer is not None:
+            has_key = self._key is not None
+            answer = await self._front.admin.answer(head, body, self._client.peer, has_key=has_key)
             return await self._respond(answer, head)
         route = find_route(path)
+        found = preliminary_answer(head) or await self._answer_some(head, route, body)
+        if found is not None:
+            return await self._respond(found, head)
         strategy = self._driver.balancer.config.route(route.name).strategy
         if strategy in {Strategy.LOCAL, Strategy.AGGREGATE} and head.header(_PIN) is None:
             if route.name in NEEDS_SERVERS:
                 await self._settled()
-            answer = answer_route(route, path, self._driver.balancer.fleet)
-            if answer is not None:
-                return await self._respond(answer, head)
+            found = answer_route(route, path, self._driver.balancer.fleet)
+            if found is not None:
+                return await self._respond(found, head)
+        if route.name == "/api/show" and head.header(_PIN) is None:
+            model = read_facts(route, head.method, body).model
+            self._show_key = Shows.key(self._driver.balancer.fleet, model, body)
+            shown = self._front.shows.get(self._show_key) if self._show_key is not None else None
+            if shown is not None:
+                ours = ((_SERVER, shown.server.encode()),)
+                return await self._respond(LocalAnswer(200, shown.content_type, shown.body), head, extra=ours)
         return await self._forward(head, body)
+
+    async def _answer_some(self, head: RequestHead, route: Route, body: bytes) -> LocalAnswer | None:
+        """Answer what a key that is for some models may not ask for, and lists, which show no others."""
+        key = self._key
+        refusal = self._front.refuse_models(key, head, body, self._client.peer)
+        if refusal is not None or key is None or key.models.is_all or route.name not in LISTS:
+            return refusal
+        await self._settled()
+        fleet, names = self._driver.balancer.fleet, _pinned(head)
+        servers = [server for server in fleet if server.is_alive and (not names or server.name in names)]
+        if not servers:
+            message = f"{PIN_HEADER}: no server of this name is alive" if names else fleet.nobody_there()
+            return error_answer(route.shape, 502, message, retry_after_s=1)
+        return answer_list(route, servers, key.models.may)
 
     async def _settled(self) -> None:
         """Give the first probes after the start a moment, so that they are not taken for an empty fleet."""
@@ -277,7 +340,7 @@ class ClientConnection:
         if exchange.merge is None or exchange.rejected is not None:
             return await self._refuse(exchange)
         merge, head = exchange.merge, exchange.request.head
-        ours = ((b"X-Ollama-LB-Server", ", ".join(merge.servers).encode()), *_about(exchange))
+        ours = ((_SERVER, ", ".join(merge.servers).encode()), *_about(exchange))
         if not merge.begun:
             return await self._respond(merge.answer(), head, extra=ours)
         chunked = head.http_version != "1.0"
@@ -319,15 +382,23 @@ class ClientConnection:
             n_bytes = head.content_length if head.framing is Framing.LENGTH else None
             upload = BlobBody(n_bytes, self._driver.balancer.config.timeouts.silence_ns / SECOND_NS)
         forwarded, via = self._driver.app.proxy.forwarded, self._driver.via
-        headers = upstream_headers(head, n_bytes, self._client.peer, forwarded, plain=route.generates, via=via)
+        plain = route.generates or self._show_key is not None
+        headers = upstream_headers(head, n_bytes, self._client.peer, forwarded, plain=plain, via=via)
+        if self._front.gate is not None:  # a key is for us, and for nobody else
+            headers = [pair for pair in headers if pair[0] not in CLIENT_KEYS]
         parts = head_parts(head, headers)
-        shape, servers = shape_of(head.path), _pinned(head)
-        return ClientRequest(number, tag, head, route, shape, facts, body, parts, servers, upload)
+        shape, servers, key = shape_of(head.path), _pinned(head), self._key.name if self._key is not None else ""
+        return ClientRequest(number, tag, head, route, shape, facts, body, parts, servers, upload, key)
 
     def _begin_relay(self, exchange: Exchange, run: AttemptRun) -> None:
         if run.answer is not None:
-            exchange.relay = Relay(exchange, run, run.answer, self._client, self._driver)
-            ours = ((b"X-Ollama-LB-Server", run.endpoint.name.encode()), *_about(exchange), *self._cors_headers)
+            key, self._show_key = self._show_key, None
+            if key is not None:
+                shows = self._front.shows
+                exchange.relay = ShowRelay(exchange, run, run.answer, self._client, self._driver, shows, key)
+            else:
+                exchange.relay = Relay(exchange, run, run.answer, self._client, self._driver)
+            ours = ((_SERVER, run.endpoint.name.encode()), *_about(exchange), *self._cors_headers)
             exchange.relay.begin(close=self._must_close(exchange.request.head), ours=ours)
 
     async def _refuse(self, exchange: Exchange) -> bool:

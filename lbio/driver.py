@@ -6,6 +6,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import anyio
@@ -32,6 +33,7 @@ from lbcore.events import DownstreamClosed, Event, Reason, RequestArrived
 from lbcore.records import Server
 from lbcore.schema import SECOND_NS
 from lbio.attempt import AttemptRun
+from lbio.credentials import NO_CREDENTIALS, Credentials
 from lbio.exchange import ClientRequest, Exchange
 from lbio.logs import Log
 from lbio.merge import Merge
@@ -58,6 +60,7 @@ class Driver:
         log: Log,
         clock: Callable[[], int],
         connect: Connect = connect,
+        upstream: Mapping[str, Credentials] = MappingProxyType({}),
     ) -> None:
         self.balancer = balancer
         self.app = app
@@ -65,6 +68,7 @@ class Driver:
         self.clock = clock
         self.tasks = tasks
         self._connect = connect
+        self._upstream = upstream  # by url
         self.totals = Totals(clock())
         self.via = f"ollama-lb-{secrets.token_hex(6)}"  # in `Via`: a request that has it already goes round in a circle
         self._exchanges: dict[int, Exchange] = {}
@@ -252,7 +256,9 @@ class Driver:
 
     def new_endpoint(self, settings: ServerSettings) -> Endpoint:
         """Return the connections to a server, none of them open yet. Raises OSError for an unusable ca_file."""
-        return Endpoint(settings.name, settings.url, client_context(settings), self.app.pool, self.clock, self._connect)
+        own = self._upstream.get(settings.url, NO_CREDENTIALS)
+        tls = client_context(settings)
+        return Endpoint(settings.name, settings.url, tls, self.app.pool, self.clock, self._connect, own)
 
     async def _dial_spare(self, endpoint: Endpoint) -> None:
         await endpoint.dial_spare(self.balancer.config.timeouts.connect_ns)

@@ -11,6 +11,7 @@ import anyio
 from lbcore.commands import RejectRequest
 from lbcore.ollama import BodyFacts, Route, Shape
 from lbio.blob_body import BlobBody
+from lbio.credentials import NO_CREDENTIALS, Credentials
 from lbio.http1 import Headers, RequestHead, serialize_request
 
 if TYPE_CHECKING:
@@ -33,11 +34,12 @@ class ClientRequest:
     head_parts: tuple[bytes, bytes]  # as servers get it: what stands before and after the value of `Host`
     servers: tuple[str, ...] = ()  # the only ones that the client wants to be asked
     upload: BlobBody | None = None  # instead of `body`: one that is passed on as it comes
+    key: str = ""  # the name of the client's key
 
-    def head_for(self, authority: bytes) -> bytes:
+    def head_for(self, authority: bytes, credentials: Credentials = NO_CREDENTIALS) -> bytes:
         """Return the request head for one server."""
         before, after = self.head_parts
-        return before + authority + after
+        return before + authority + credentials.written_into(after)
 
 
 def head_parts(head: RequestHead, headers: Headers) -> tuple[bytes, bytes]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import unquote
 
 from lbcore import catalog
 from lbcore.fleet import Fleet
 from lbcore.ollama import Route, Shape, error_body, find_route
+from lbcore.records import Server
 from lbio.http1 import HeaderPairs, RequestHead
 
 JSON = b"application/json; charset=utf-8"
@@ -83,6 +84,19 @@ _V1_MODEL = "/v1/models/:model"
 
 NEEDS_SERVERS = frozenset(_ANSWERS) - {"/"} | {_V1_MODEL}
 """Local routes whose answer is made of what live servers said."""
+
+
+LISTS: Mapping[str, Callable[[Iterable[Server], catalog.May], bytes]] = {
+    "/api/tags": catalog.tags_json,
+    "/api/ps": catalog.ps_json,
+    "/v1/models": catalog.v1_models_json,
+}
+"""Routes that list models, of which not everybody may see all."""
+
+
+def answer_list(route: Route, servers: Iterable[Server], may: catalog.May) -> LocalAnswer:
+    """Answer a route of `LISTS` with some of the models that these servers have."""
+    return LocalAnswer(200, PLAIN_JSON if route.shape is Shape.OPENAI else JSON, LISTS[route.name](servers, may))
 
 
 def model_in_path(route: Route, path: str) -> str | None:

@@ -133,6 +133,7 @@ def _fields(decision: RecordDecision, request: ClientRequest | None) -> dict[str
     if request is not None:
         model = request.facts.model
         fields |= {"request": request.tag, "path": _shortened(request.head.path), "model": model and _shortened(model)}
+        fields |= {"key": request.key} if request.key else {}
     named = {"server": decision.server, "why": decision.why, "before": decision.before, "after": decision.after}
     fields |= {name: value for name, value in named.items() if value}
     if decision.took_ns:
@@ -152,6 +153,7 @@ def in_words(decision: RecordDecision, request: ClientRequest | None) -> str:
     if request is None:
         return text
     what = f"{_shortened(request.head.path)} {_shortened(request.facts.model or '')}".rstrip()
+    what += f" ({request.key})" if request.key else ""
     return f"#{request.tag} {what} {text}" if decision.decision in _OPENING else f"#{request.tag} {text}"
 
 

@@ -93,6 +93,7 @@ class Probe:
             if self._connection is None:
                 self._connection = await self._endpoint.dial()
             headers = [(b"Host", self._endpoint.authority), (b"User-Agent", b"ollama-lb"), (b"Via", self._via)]
+            headers += self._endpoint.credentials.pairs
             await self._connection.stream.send(serialize_request("GET", path, headers))
             head = await read_response_head(self._connection, "GET", _HEAD_BYTES_MAX)
             if head is None:

@@ -26,6 +26,8 @@ from lbcore.schema import SECOND_NS
 from lbcore.units import counted
 from lbio import logs
 from lbio.addresses import Address, parse_listen
+from lbio.config_file import access_warnings
+from lbio.credentials import SecretsError, read_secrets
 from lbio.descriptors import fitted
 from lbio.downstream import Front
 from lbio.driver import Driver
@@ -45,7 +47,10 @@ FleetFactory = Callable[[], AbstractAsyncContextManager[Sequence[ServerSettings]
 
 
 def run(app: AppConfig, *, fleet: FleetFactory | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit code (0: ended as asked, 1: could not start, 2: cannot record)."""
+    """Serve until SIGTERM or SIGINT; return the exit code.
+
+    0: ended as asked, 1: could not start, 2: cannot record, or a secret is missing.
+    """
     logs.set_up(app.log)
     app = replace(app, limits=fitted(app.limits))
     try:
@@ -71,6 +76,10 @@ async def _main(app: AppConfig, fleet: FleetFactory | None) -> int:
             return 1
         except RecordError as error:
             _log.error("%s", error)
+            return 2
+        except SecretsError as error:
+            for problem in error.problems:
+                _log.error("%s", problem)
             return 2
         gc.collect()
         gc.freeze()  # what was imported stays: a collection that looks at all of it stops everything for 20 ms
@@ -122,23 +131,27 @@ async def start(
 ) -> AsyncIterator[Service]:
     """Start a load balancer, and drain it at the end. `clock` and the event loop's must run alike.
 
-    Raises OSError when it cannot listen or a ca_file is unusable, RecordError when nothing can be recorded.
+    Raises OSError when it cannot listen or a ca_file is unusable, RecordError when nothing can be recorded, and
+    SecretsError when a key or another secret is not where the configuration says.
     """
     address = parse_listen(app.listen)
+    secrets = read_secrets(app)
     for settings in app.core.servers:
         _check_ca_file(settings)  # found here and not in the task group, which would wrap the error
     try:
         listener = await network.listen(address.host, address.port)
     except OSError as error:
         raise _cannot_listen(error, address) from None
+    for text in (*access_warnings(app), *secrets.warnings):
+        _log.warning("%s", text)
     recording = Recording(app.record)
     try:
         seed = app.seed if app.seed is not None else random.SystemRandom().getrandbits(63)
         _log.debug("seed = %d", seed)
         balancer = recording.begin(LoadBalancer(app.core, random.Random(seed)), seed)  # noqa: S311
         async with anyio.create_task_group() as tasks:
-            driver = Driver(balancer, app, tasks, logs.Log(app.log), clock, network.connect)
-            front = Front(driver)
+            driver = Driver(balancer, app, tasks, logs.Log(app.log), clock, network.connect, secrets.upstream)
+            front = Front(driver, secrets.keyring)
             tasks.start_soon(driver.run_timer)
             tasks.start_soon(driver.sweep_pools)
             tasks.start_soon(driver.watch_builds)

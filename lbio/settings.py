@@ -156,13 +156,69 @@ class RecordSettings:
     files: int = count("files kept, the one that is written included", 4, low=1, high=1000)
 
 
+class Right(StrEnum):
+    """What a key may be allowed to do."""
+
+    USE = "use"
+    MANAGE = "manage"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeySettings:
+    """A key that a client may have (`[[keys]]`), and where the key itself, or a hash of it, is found."""
+
+    name: str = setting(Kind.TEXT, "how logs call who has this key")
+    hash: str = setting(
+        Kind.TEXT,
+        "what `ollama-lb key new NAME` prints; the key cannot be found from it. This, env or file: exactly one",
+        "")
+    env: str = setting(Kind.TEXT, "name of the environment variable that holds the key", "")
+    file: str = setting(Kind.TEXT, "file that holds the key and nothing else; for its owner alone (chmod 600)", "")
+    models: tuple[str, ...] = setting(
+        Kind.TEXTS,
+        "models that it may use and see; * stands for any text, a name without a tag means :latest, as everywhere",
+        ("*",))
+    allow: tuple[str, ...] = setting(
+        Kind.TEXTS,
+        '"use": all that changes nothing of what servers have; "manage": pull, push, create, copy, delete, blobs, and '
+        "the management endpoints, from anywhere",
+        ("use",))
+    requests_per_minute: int | None = setting(
+        Kind.COUNT,
+        "more get 429 with Retry-After; a minute's worth may come at once. Left out: no limit",
+        None, low=1, high=1_000_000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpstreamSettings:
+    """What is sent to one server, and to no other, so that it lets us in (in `[[servers]]`)."""
+
+    bearer: str = setting(
+        Kind.TEXT,
+        'sent to this server alone, as "Authorization: Bearer ...", in place of what the client sent: "env:NAME" of an '
+        'environment variable, "file:PATH", or the secret itself. Empty: nothing',
+        "")
+    headers: tuple[tuple[str, str], ...] = setting(
+        Kind.PAIRS,
+        'other headers that are sent to this server alone, such as { "X-Api-Key" = "env:GPU1_KEY" }; values as above',
+        ())
+
+    def __repr__(self) -> str:
+        """Return what may be shown: a value may be the secret itself."""
+        names = [name for name, _ in self.headers]
+        return f"UpstreamSettings(bearer={'...' if self.bearer else ''!r}, headers={names})"
+
+
+NO_UPSTREAM = UpstreamSettings()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppConfig:
     """Everything `ollama-lb run` needs to know; validated when it was parsed and not checked again.
 
-    The fields that stand in no table of their own are top-level TOML keys. `core` holds `[[servers]]`,
-    `[routes]` and the core's tables; `fleet` the `[[fleet]]` tables as written, which only the simulator
-    understands.
+    The fields that stand in no table of their own are top-level TOML keys. `keys` and `upstream` hold what the file
+    says of secrets, which is mostly where they are. `core` holds `[[servers]]`, `[routes]` and the core's tables;
+    `fleet` the `[[fleet]]` tables as written, which only the simulator understands.
     """
 
     listen: str = setting(
@@ -192,6 +248,8 @@ class AppConfig:
     admin: AdminSettings = section("the management endpoints", AdminSettings)
     log: LogSettings = section("the log, on standard error", LogSettings)
     record: RecordSettings = section("the event log, for `ollama-lb replay`", RecordSettings)
+    keys: tuple[KeySettings, ...] = ()
+    upstream: Mapping[str, UpstreamSettings] = field(default_factory=dict)  # by url of the server; not for the core
     core: Config = field(default_factory=Config)
     fleet: tuple[Mapping[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()

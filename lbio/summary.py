@@ -11,9 +11,20 @@ from lbcore.config import RouteSettings, ServerSettings, Strategy, Winner
 from lbcore.parsing import ABSENT, Problem, show
 from lbcore.schema import format_value, walk
 from lbcore.units import counted, format_duration, format_size
-from lbio.settings import AppConfig
+from lbio.config_file import access_warnings, directory_warnings
+from lbio.credentials import SecretsError, read_secrets
+from lbio.settings import NO_UPSTREAM, AppConfig, KeySettings
 
 _EXACT_BITS = 64
+
+
+def found_at_start(app: AppConfig) -> tuple[Sequence[Problem], Sequence[str]]:
+    """Return the problems and the warnings that `run` would meet, on this machine and as it is now."""
+    try:
+        secrets = read_secrets(app)
+    except SecretsError as error:
+        return error.problems, ()
+    return (), (*access_warnings(app), *secrets.warnings, *directory_warnings(app))
 
 
 def summary_lines(app: AppConfig) -> Iterator[str]:
@@ -24,7 +35,11 @@ def summary_lines(app: AppConfig) -> Iterator[str]:
         yield f"record to {app.record.path}, {counted(app.record.files, 'file')} of at most {size}"
     yield ""
     yield "servers"
-    yield from _columns([*map(_server_row, app.core.servers), *map(_fake_row, app.fleet)])
+    yield from _columns([*(_server_row(server, app) for server in app.core.servers), *map(_fake_row, app.fleet)])
+    if app.keys:
+        yield ""
+        yield "keys"
+        yield from _columns([_key_row(key) for key in app.keys])
     yield ""
     yield "routes"
     measure = format_duration(app.core.race.measure_ns)
@@ -34,9 +49,23 @@ def summary_lines(app: AppConfig) -> Iterator[str]:
         yield from (f"warning: {warning}" for warning in app.warnings)
 
 
-def _server_row(server: ServerSettings) -> tuple[str, ...]:
+def _server_row(server: ServerSettings, app: AppConfig) -> tuple[str, ...]:
     slots = counted(server.slots, "slot")
-    return server.name, server.url, f"{slots} a model, at most {server.in_flight_max} in flight"
+    sent = _sent(server, app)
+    own = f"; is sent {' and '.join(sent)} of its own" if sent else ""
+    return server.name, server.url, f"{slots} a model, at most {server.in_flight_max} in flight{own}"
+
+
+def _sent(server: ServerSettings, app: AppConfig) -> list[str]:
+    """Return the names of the headers that a server is sent; what they hold is nobody's business."""
+    upstream = app.upstream.get(server.url, NO_UPSTREAM)
+    return [*(["Authorization"] if upstream.bearer else []), *(name for name, _ in upstream.headers)]
+
+
+def _key_row(key: KeySettings) -> tuple[str, ...]:
+    per_minute = key.requests_per_minute
+    limit = "" if per_minute is None else f"{counted(per_minute, 'request')} a minute"
+    return key.name, f"may {' and '.join(key.allow)}", f"models {', '.join(key.models)}", limit
 
 
 def _fake_row(table: Mapping[str, Any]) -> tuple[str, ...]:
@@ -83,14 +112,23 @@ def summary_object(app: AppConfig) -> dict[str, Any]:
         "warnings": list(app.warnings),
         "listen": app.listen,
         "record": app.record.path,
-        "servers": [_server_object(server) for server in app.core.servers],
+        "servers": [_server_object(server, app) for server in app.core.servers],
+        "keys": [_key_object(key) for key in app.keys],
         "fleet": [str(table.get("name")) for table in app.fleet],
         "routes": {name: dataclasses.asdict(route) for name, route in app.core.routes.items()},
     }
 
 
-def _server_object(server: ServerSettings) -> dict[str, Any]:
-    return {field.key: format_value(field.setting.kind, value) for _, field, value in walk(server) if field.setting}
+def _server_object(server: ServerSettings, app: AppConfig) -> dict[str, Any]:
+    told = {field.key: format_value(field.setting.kind, value) for _, field, value in walk(server) if field.setting}
+    sent = _sent(server, app)
+    return {**told, "sends": sent} if sent else told
+
+
+def _key_object(key: KeySettings) -> dict[str, Any]:
+    source = next(name for name in ("hash", "env", "file") if getattr(key, name))
+    said = {"name": key.name, "from": source, "models": list(key.models), "allow": list(key.allow)}
+    return {**said, "requests_per_minute": key.requests_per_minute}
 
 
 def problems_object(problems: Iterable[Problem]) -> dict[str, Any]:
@@ -100,6 +138,8 @@ def problems_object(problems: Iterable[Problem]) -> dict[str, Any]:
 
 def _problem_object(problem: Problem) -> dict[str, Any]:
     value = None if problem.value is ABSENT else problem.value
+    if isinstance(value, Mapping | list | tuple):
+        value = show(value)  # somewhere in it may be what nobody is to see
     if isinstance(value, float) and not math.isfinite(value):
         value = str(value)  # JSON has no word for it
     elif isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > _EXACT_BITS:

@@ -16,6 +16,7 @@ from lbcore.ollama import Ending
 from lbcore.schema import SECOND_NS
 from lbio.addresses import parse_server_url
 from lbio.blob_body import Taker
+from lbio.credentials import NO_CREDENTIALS, Credentials
 from lbio.http1 import ChunkedDecoder, Framing, HttpError, IncompleteBody, Reader, ResponseHead, parse_response_head
 from lbio.settings import PoolSettings
 from lbio.streams import Connect, SocketStream, close_now, connect, connect_tls, is_exhaustion
@@ -101,8 +102,10 @@ class Endpoint:
         pool: PoolSettings,
         clock: Callable[[], int],
         connect: Connect = connect,
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
         self.name = name
+        self.credentials = credentials
         self.url = parse_server_url(url)
         self.authority = str(self.url.address).encode()
         self._tls = tls if self.url.scheme == "https" else None

@@ -43,12 +43,15 @@ ONE_AFTER_ANOTHER = [
     "ollama-lb init -s http://gpu1:11434=gpu1 -s http://gpu2:11434=gpu2 > my.toml",
     "ollama-lb check my.toml",
 ]
+KEY = "ollama-lb key new alice --models llama3.2 --models 'qwen3:*' --requests-per-minute 60 >> my.toml"
 FLEET = "ollama-lb fleet configs/demo.toml"
 ALL_SCENARIOS = "ollama-lb simulate configs/scenarios"  # tests/simulator/test_scenarios.py runs each of them
 SIMULATED = [command for command in COMMANDS if command.startswith("ollama-lb simulate") and command != ALL_SCENARIOS]
 BENCH = "ollama-lb bench configs/bench/quick.toml"
 NEEDS_CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 AGAINST_THE_DEMO = [command for command in COMMANDS if command.startswith("curl")]
+WITH_A_KEY = next(command for command in AGAINST_THE_DEMO if "OLLAMA_API_KEY" in command)
+PINNED = next(command for command in AGAINST_THE_DEMO if "X-Ollama-LB-Server" in command)
 
 
 def _free_port() -> int:
@@ -86,6 +89,7 @@ def test_each_command_is_accounted_for() -> None:
         PLOT_INSTALL,
         *STARTED,
         *ONE_AFTER_ANOTHER,
+        KEY,
         FLEET,
         ALL_SCENARIOS,
         BENCH,
@@ -191,10 +195,28 @@ def test_management_commands_answer_as_described(demo: str) -> None:
 
 @NEEDS_CURL
 def test_a_server_that_is_named_gives_its_own_view(demo: str) -> None:
-    assert json.loads(_curl(AGAINST_THE_DEMO[4], demo).stdout)["models"]
+    assert json.loads(_curl(PINNED, demo).stdout)["models"]
 
 
 @NEEDS_CURL
+@NEEDS_CURL
+def test_a_key_is_made_and_used(tmp_path: Path) -> None:
+    made = subprocess.run(
+        [*OLLAMA_LB, *shlex.split(KEY.partition(" >> ")[0])[1:]], capture_output=True, text=True, check=True, timeout=30
+    )
+    token = re.findall(r"olb_\w+", made.stderr)[0]
+    demo = (ROOT / "configs" / "demo.toml").read_text(encoding="utf-8")
+    (tmp_path / "my.toml").write_text(demo + made.stdout, encoding="utf-8")
+    process, url = _start(["run", "my.toml"], tmp_path)
+    time.sleep(0.3)
+    try:
+        listed = json.loads(_curl(WITH_A_KEY.replace("$OLLAMA_API_KEY", token), url).stdout)["models"]
+        assert {model["name"].partition(":")[0] for model in listed} <= {"llama3.2", "qwen3"}
+        assert "not known" in _curl(WITH_A_KEY, url).stdout
+    finally:
+        _stop(process)
+
+
 def test_the_line_that_the_demo_prints_works(tmp_path: Path) -> None:
     process, _ = _start(["run", str(ROOT / "configs" / "demo.toml")], tmp_path)
     assert process.stdout is not None

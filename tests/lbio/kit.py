@@ -160,6 +160,7 @@ class Scripted:
         self.reads_body = True
         self.heads: list[bytes] = []  # of what was asked, probes apart
         self.bodies: list[bytes] = []
+        self.probes: list[bytes] = []
         self.written = 0  # bytes of answers, as far as the socket took them
         self.closed_by_peer = 0
         self.url = ""
@@ -170,6 +171,7 @@ class Scripted:
             while (raw := await reader.read_head(1 << 20, role="request")) is not None:
                 head = parse_request_head(raw)
                 if head.path in PROBES:
+                    self.probes.append(bytes(raw))
                     body = PROBES[head.path]
                     await stream.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
                     continue

@@ -29,7 +29,7 @@ from tests.lbio.sockets_kit import free_port
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOOD = '[[servers]]\nurl = "http://gpu1:11434"\nname = "gpu1"\n'
-COMMANDS = ("run", "check", "init", "fleet", "replay", "simulate", "bench", "what-if")
+COMMANDS = ("run", "check", "init", "key", "fleet", "replay", "simulate", "bench", "what-if")
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_check_passes_a_good_file(config: Path) -> None:
 
 def test_check_warns_of_a_directory_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, logs = tmp_path / "my.toml", tmp_path / "logs"
-    path.write_text(f"[record]\npath = '{logs}/events.jsonl'\n{GOOD}", encoding="utf-8")
+    path.write_text(f"listen = '[::1]:1'\n[record]\npath = '{logs}/events.jsonl'\n{GOOD}", encoding="utf-8")
     assert main(["check", str(path)]) == 0
     assert capsys.readouterr().out.endswith(f"\nwarning: record.path: there is no directory {logs}: mkdir -p {logs}\n")
     assert main(["check", str(path), "--json"]) == 0

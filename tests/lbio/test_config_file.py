@@ -133,7 +133,7 @@ NO_SERVER = ('servers: no server is named; write [[servers]] and below it url = 
     ({**LOADED, "mesure": "2s"}, 'mesure: "2s" is set, but there is no such key; did you mean race.measure?'),
     ({**LOADED, "timeouts": {"measure": 2}}, "timeouts.measure: 2 is set, but there is no such key; did you mean race.measure?"),
     ({**LOADED, "zzzz": 1},
-     "zzzz: 1 is set, but there is no such key; the keys here are listen, origins, drain_timeout, seed, client, limits, pool, proxy, admin, log, record, race, selection, health, probe, timeouts, retry, queue, servers, routes, fleet"),
+     "zzzz: 1 is set, but there is no such key; the keys here are listen, origins, drain_timeout, seed, client, limits, pool, proxy, admin, log, record, race, selection, health, probe, timeouts, retry, queue, servers, routes, keys, fleet"),
     ({**LOADED, "selection": {"idle_timeout": 2}},
      "selection.idle_timeout: 2 is set, but there is no such key; did you mean client.idle_timeout or pool.idle_timeout?"),
     ({**LOADED, "race": {"slots": 2}}, "race.slots: 2 is set, but there is no such key; did you mean servers.slots?"),
@@ -237,8 +237,8 @@ JSON_LIKE = st.recursive(
     st.one_of(st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.sampled_from(["http://a", "race"])),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(
         st.sampled_from(["url", "name", "race", "servers", "routes", "listen", "/api/chat", "strategy", "x", "fleet", "fault",
-                         "models", "kind", "winner", "probe", "interval"]), inner, max_size=4)), max_leaves=15)
-TOP_KEYS = [field.key for cls in (AppConfig, Config) for field in fields_of(cls)] + ["servers", "routes", "fleet", "x"]
+                         "models", "kind", "winner", "probe", "interval", "bearer", "headers", "hash", "env", "allow"]), inner, max_size=4)), max_leaves=15)
+TOP_KEYS = [field.key for cls in (AppConfig, Config) for field in fields_of(cls)] + ["servers", "routes", "fleet", "keys", "x"]
 
 
 @given(st.dictionaries(st.sampled_from(TOP_KEYS), JSON_LIKE, max_size=6))

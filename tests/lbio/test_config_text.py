@@ -16,7 +16,7 @@ from lbcore.ollama import PASS_THROUGH, ROUTES, default_routes
 from lbcore.parsing import Problem, parse_value
 from lbcore.schema import SECOND_NS, Field, Kind, describe_setting, fields_of, format_value, join
 from lbio.config_file import ConfigError, document, dump, load, parse
-from lbio.settings import AppConfig
+from lbio.settings import AppConfig, KeySettings, UpstreamSettings
 from simulator.fakes.specs import FakeSpec
 from simulator.fleet import parse_fleet
 
@@ -44,6 +44,7 @@ def _toml_value(field: Field) -> st.SearchStrategy[Any]:
         Kind.CHOICE: st.sampled_from([str(choice) for choice in declared.choices or ()]),
         Kind.TEXTS: st.lists(st.text("abc", max_size=5), max_size=3),
         Kind.TEXT: st.text("abc \\\"'é", max_size=5),
+        Kind.PAIRS: st.dictionaries(st.sampled_from(["X-A", "x-b"]), st.text("abc", min_size=1, max_size=5), max_size=2),
     }
     return by_kind[declared.kind]
 
@@ -60,12 +61,17 @@ def _sections(cls: type) -> dict[str, st.SearchStrategy[Any]]:
 RACED = st.one_of(st.sampled_from(["race", "hedge", "sequential"]), st.fixed_dictionaries(
     {"strategy": st.just("race"), "racers_min": st.integers(1, 3), "racers_max": st.integers(3, 64)},
     optional={"winner": st.sampled_from([str(winner) for winner in Winner]), "hedges_max": st.integers(0, 63)}))
-SERVERS = st.lists(_table(ServerSettings, url=st.nothing(), name=st.from_regex(r"[!-+\-.0-~]{1,9}", fullmatch=True)), max_size=4).map(
+UPSTREAM = {field.key: _toml_value(field) for field in fields_of(UpstreamSettings)}
+KEYS = st.lists(_table(KeySettings, name=st.nothing(), hash=st.nothing(), env=st.nothing(), file=st.nothing(),
+                       models=st.lists(st.sampled_from(["a", "b:1b", "*", "c*"]), min_size=1, max_size=2),
+                       allow=st.sampled_from([["use"], ["manage"], ["manage", "use"]])), max_size=2).map(
+    lambda tables: [{**table, "name": f"key {index}", "env": "A_KEY"} for index, table in enumerate(tables)])
+SERVERS = st.lists(_table(ServerSettings, url=st.nothing(), name=st.from_regex(r"[!-+\-.0-~]{1,9}", fullmatch=True), **UPSTREAM), max_size=4).map(
     lambda tables: [{**table, "url": f"http://host{index}"} for index, table in enumerate(tables)])
 FILES = st.fixed_dictionaries({}, optional={
     **_sections(Config), **_sections(AppConfig), "listen": st.sampled_from([":1", "gpu:0", "[::1]:5"]),
     "origins": st.lists(st.sampled_from(["https://a.example", "*", "App://*", "http://*.b:1"]), max_size=3),
-    "drain_timeout": st.integers(0, 99), "seed": st.integers(0, 2**63 - 1), "servers": SERVERS,
+    "drain_timeout": st.integers(0, 99), "seed": st.integers(0, 2**63 - 1), "servers": SERVERS, "keys": KEYS,
     "routes": st.fixed_dictionaries({}, optional={
         "/api/chat": RACED, "/v1/messages": RACED, "/api/tags": st.just("sequential"), "*": st.just("sequential")}),
 })
@@ -117,7 +123,7 @@ def explained_keys() -> list[tuple[str, str, str, str]]:
     """Return (table, key, value, comment) of each key of prod.toml down from each table's first header."""
     found, table, comment, headers = [], "", "", set()
     for line in (CONFIGS / "prod.toml").read_text(encoding="utf-8").splitlines():
-        if header := re.fullmatch(r"\[+(.*?)\]+", line):
+        if header := re.fullmatch(r"(?:# )?\[+(.*?)\]+", line):
             table = "again" if header[1] in headers else header[1]
             headers.add(header[1])
         elif key := re.fullmatch(r'(?:# )?("[^"]+"|[a-z_]+) = (.*?)(  # .*)?', line):
@@ -131,8 +137,9 @@ def explained_keys() -> list[tuple[str, str, str, str]]:
 def expected_fields() -> dict[tuple[str, str], Field]:
     top = [("", field) for cls in (AppConfig, Config) for field in fields_of(cls)]
     nested = [(field.key, inner) for _, field in top if field.section is not None for inner in fields_of(field.section)]
-    servers = [("servers", field) for field in fields_of(ServerSettings)]
-    return {(table, field.key): field for table, field in (*top, *nested, *servers) if field.setting is not None}
+    servers = [("servers", field) for cls in (ServerSettings, UpstreamSettings) for field in fields_of(cls)]
+    keys = [("keys", field) for field in fields_of(KeySettings)]
+    return {(table, field.key): field for table, field in (*top, *nested, *servers, *keys) if field.setting is not None}
 
 
 def test_prod_toml_explains_every_key_exactly_once() -> None:
@@ -150,7 +157,7 @@ def test_prod_toml_has_every_key_at_its_default_and_tells_its_unit() -> None:
         assert field.setting is not None
         assert field.why in comment
         assert describe_setting(field.setting) in comment
-        if table != "servers" and key != "seed":
+        if table != "servers" and key not in {"seed", "name", "requests_per_minute"}:
             assert parse_value(field.setting, tomllib.loads(f"x = {value}")["x"]) == field.default, join(table, key)
 
 
