@@ -236,11 +236,12 @@ def _greet(service: Service, *, demo: bool) -> None:
     model = _a_model(service) if demo else "llama3.2"
     host, port = service.addresses[0]
     everywhere = f" and on every other address of this machine, port {port}" if host in _WILDCARDS else ""
+    key = ' -H "Authorization: Bearer $OLLAMA_API_KEY"' if service.app.keys else ""
     print(  # noqa: T201  for people at a terminal
         f"ollama-lb listens on {service.url}{everywhere}\n\n{align(servers)}\n\n"
-        f"try it:  curl -N {service.url}/api/chat -d "
+        f"try it:  curl -N {service.url}/api/chat{key} -d "
         f"""'{{"model": "{model}", "messages": [{{"role": "user", "content": "hello"}}]}}'\n"""
-        f"watch:   curl -H 'Accept: text/plain' {service.url}/status\n",
+        f"watch:   curl -H 'Accept: text/plain' {service.url}/status{key}\n",
         flush=True,
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lbcore.config import Config, Policy, RouteSettings, ServerSettings, Strategy, Winner
@@ -241,6 +241,7 @@ JSON_LIKE = st.recursive(
 TOP_KEYS = [field.key for cls in (AppConfig, Config) for field in fields_of(cls)] + ["servers", "routes", "fleet", "keys", "x"]
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(TOP_KEYS), JSON_LIKE, max_size=6))
 def test_whatever_toml_holds_is_read_or_refused(raw: dict[str, Any]) -> None:
     with contextlib.suppress(ConfigError):
