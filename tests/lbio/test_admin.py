@@ -14,7 +14,7 @@ from lbcore.events import ServerAdded
 from simulator.fake_ollama import FakeModel
 from simulator.faults import Fault, FaultKind
 from simulator.serve import serve_fleet
-from tests.lbio.kit import TINY, Rig, balanced, chat_request, client, specs
+from tests.lbio.kit import LIMIT_S, TINY, Rig, balanced, chat_request, client, specs
 from tests.lbio.sockets_kit import free_port, until
 from tests.simulator.wire import Answer, body_of, parse, request
 
@@ -421,6 +421,6 @@ async def test_status_and_log_warn_of_models_that_are_not_the_same_everywhere(ca
             raw = b"GET /status HTTP/1.0\r\nHost: localhost\r\nAccept: text/plain\r\n\r\n"
             table = parse(await rig.exchange([raw]))
             assert f"warning: {told[0]}" in table.body.decode()
-            with anyio.fail_after(5):
+            with anyio.fail_after(LIMIT_S):  # they are compared every five seconds
                 while told[0] not in caplog.messages:  # noqa: ASYNC110
                     await anyio.sleep(0.01)
