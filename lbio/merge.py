@@ -118,18 +118,17 @@ class Merge:
             *([(b"Transfer-Encoding", b"chunked")] if chunked else []),
         ]
         unsent = serialize_response(200, head)
-        while True:
-            lines = b"".join(self._lines.values())
+        is_last = False
+        while not is_last:
+            is_last = self.ended  # it may end while this is written: then the end is written next
+            self._news = anyio.Event()
+            lines = b"".join([*self._lines.values(), self._closing() if is_last else b""])
             self._lines.clear()
-            if self.ended:
-                lines += self._closing()
             if unsent or lines:
                 await client.write(unsent + (encode_chunk(lines) if chunked and lines else lines))
                 unsent = b""
-            if self.ended and not self._lines:
-                break
-            await self._news.wait()
-            self._news = anyio.Event()
+            if not is_last:
+                await self._news.wait()
         if chunked:
             await client.write(LAST_CHUNK)
 
