@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from typing import Any
 
 from lbcore.events import ModelInfo
 from lbcore.ollama import canonical_model
@@ -46,7 +47,7 @@ def tags_json(servers: Iterable[Server], may: May = _every) -> bytes:
 def v1_models_json(servers: Iterable[Server], may: May = _every) -> bytes:
     """Return the answer to `GET /v1/models` (capture: v1_models)."""
     told = {"object": "list", "data": [_v1_entry(info, info.name) for info in _newest(servers, may)]}
-    return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return _v1_line(told)
 
 
 def v1_model_json(servers: Iterable[Server], model: str) -> bytes | None:
@@ -54,7 +55,11 @@ def v1_model_json(servers: Iterable[Server], model: str) -> bytes | None:
     name = canonical_model(model)
     found = (info for info in _newest(servers) if canonical_model(info.name) == name)
     told = next((_v1_entry(info, model) for info in found), None)
-    return None if told is None else json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return None if told is None else _v1_line(told)
+
+
+def _v1_line(told: dict[str, Any]) -> bytes:
+    return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
 def _v1_entry(info: ModelInfo, name: str) -> dict[str, str | int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from lbcore.catalog import known_names
 from lbcore.commands import CancelProbe, Command, Decision, ForgetServer, RecordDecision, StartProbe
@@ -88,6 +88,14 @@ class Fleet:
     def holders(self, model: str | None) -> list[Server]:
         """Return the live servers that have a model (None: all that are alive); not to be changed by the caller."""
         return self.pool(model).servers
+
+    def named(self, names: Collection[str], model: str | None) -> list[Server]:
+        """Return the live servers of these names, each with a record of the model, whether it has that or not."""
+        named = [server for server in self.holders(None) if server.name in names]
+        if model is not None:
+            for server in named:
+                server.model(model)
+        return named
 
     def pool(self, model: str | None) -> Holders:
         """Return the same servers, and what else follows from the catalog."""

@@ -44,11 +44,7 @@ class Placement:
         names = request.event.servers
         if not names:
             return self._fleet.holders(request.model)
-        named = [server for server in self._fleet.holders(None) if server.name in names]
-        if request.model is not None:
-            for server in named:
-                server.model(request.model)
-        return named
+        return self._fleet.named(names, request.model)
 
     def concerned(self, request: Request) -> list[Server]:
         """Return all live servers that a broadcast goes to."""

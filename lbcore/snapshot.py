@@ -243,17 +243,6 @@ def load(state: Any, placement_type: Callable[[config.Config, Any, Random], Plac
     return balancer
 
 
-def config_of(state: Any) -> config.Config:
-    """Return only the settings of a state that was taken."""
-    try:
-        settings = _Decoder(state["classes"]).decode(state["config"])
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise SnapshotError(f"it has no settings of a balancer ({type(error).__name__}: {error})") from error
-    if not isinstance(settings, config.Config):
-        raise SnapshotError("it has no settings of a balancer")
-    return settings
-
-
 def _set(owner: object, name: str, value: object) -> None:
     object.__setattr__(owner, name, value)  # settings and events are frozen for all others
 

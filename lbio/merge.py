@@ -6,7 +6,6 @@ answer, and a stream that no server has begun, is judged as a whole: what all se
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from lbcore.progress import LINE_BYTES_MAX, Progress
 from lbio.client import ClientStream
 from lbio.exchange import ClientRequest
 from lbio.http1 import LAST_CHUNK, HeaderPairs, encode_chunk, serialize_response
-from lbio.local import JSON, LocalAnswer
+from lbio.local import JSON, LocalAnswer, error_answer, json_answer
 
 _SUBJECT = re.compile(rb'"digest":"[^"]*"|.*(?=,"servers":)')
 """What a line speaks of: of a client that reads slowly, only the last line about each waits."""
@@ -140,7 +139,7 @@ class Merge:
     def answer(self) -> LocalAnswer:
         """Return the answer as a whole."""
         if self._aborted is not None:
-            return LocalAnswer(503, JSON, error_body(self._request.shape, 503, self._aborted))
+            return error_answer(self._request.shape, 503, self._aborted)
         outcomes = [self._outcomes[name] for name in self.servers]
         bad = [outcome for outcome in outcomes if not self._is_good(outcome)]
         said = {(outcome.status, outcome.body) for outcome in outcomes}
@@ -154,8 +153,7 @@ class Merge:
         done = [name for name in self.servers if self._is_good(self._outcomes[name])]
         failed = [f"{name}: {self._outcomes[name].words}" for name in self.servers if name not in done]
         message = f"{self._what}: {'done on ' + ', '.join(done) if done else 'done nowhere'}; {'; '.join(failed)}"
-        told = {"error": message, "servers": self._states()}
-        return LocalAnswer(502, JSON, json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode())
+        return json_answer(502, {"error": message, "servers": self._states()})
 
     def _is_good(self, outcome: _Outcome) -> bool:
         """Tell whether all is as it should be: where a model is not, it need not be deleted or copied."""
@@ -163,16 +161,14 @@ class Merge:
 
     def _good_answer(self) -> LocalAnswer:
         if self._request.route.ending is Ending.NDJSON_SUCCESS:
-            told = {"status": "success", "servers": self._states()}
-            return LocalAnswer(200, JSON, json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode())
+            return json_answer(200, {"status": "success", "servers": self._states()})
         return LocalAnswer(201 if any(outcome.status == 201 for outcome in self._outcomes.values()) else 200, b"", b"")
 
     def _is_everywhere(self, outcomes: Sequence[_Outcome]) -> LocalAnswer:
         """Answer whether a blob is there: it is to be sent unless all have it (capture: blob_head_missing)."""
         if all(outcome.reason is None for outcome in outcomes):
             return LocalAnswer(200, b"", b"")
-        message = f'blob "{_digest(self._request)}" not found'
-        return LocalAnswer(404, JSON, error_body(self._request.shape, 404, message))
+        return error_answer(self._request.shape, 404, f'blob "{_digest(self._request)}" not found')
 
     def _states(self) -> dict[str, str]:
         return {name: outcome.words or "success" for name, outcome in self._outcomes.items()}

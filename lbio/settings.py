@@ -79,7 +79,7 @@ class LimitSettings:
         64 * KIB, low=1 * KIB, high=16 * MIB)
     body_bytes_max: int = size(
         "one request body, held so that it can be sent again to another server; more gets 413. Images "
-        "are the large ones",
+        "are the large ones; blobs are passed on as they come, whatever their size",
         64 * MIB, low=1 * KIB)
     bodies_bytes_max: int = size(
         "all request bodies held at once, whole or not; more get 503, so that memory stays bounded",

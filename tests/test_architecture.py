@@ -87,6 +87,6 @@ def test_the_core_iterates_over_no_set(path: Path) -> None:
         assert not is_set, ast.unparse(node)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("[ls]*/*.py")), ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", sorted(ROOT.glob("[ls]*/**/*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 450

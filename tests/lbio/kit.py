@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import anyio
 
@@ -194,10 +194,27 @@ class Scripted:
         return [(name.lower(), value.strip()) for name, _, value in (text.partition(":") for text in lines)]
 
 
+class Upstream(Protocol):
+    """What a test plays for a server."""
+
+    url: str
+
+    async def serve(self, stream: SocketStream) -> None: ...
+
+
+UpstreamT = TypeVar("UpstreamT", bound=Upstream)
+
+
 @contextlib.asynccontextmanager
 async def scripted(n: int = 1, **config: Any) -> AsyncIterator[tuple[Rig, list[Scripted]]]:
     """Run a balancer in front of `n` scripted servers called s0, s1, …"""
-    servers = [Scripted() for _ in range(n)]
+    async with played([Scripted() for _ in range(n)], **config) as (rig, servers):
+        yield rig, servers
+
+
+@contextlib.asynccontextmanager
+async def played(servers: list[UpstreamT], **config: Any) -> AsyncIterator[tuple[Rig, list[UpstreamT]]]:
+    """Run a balancer in front of these servers, which are called s0, s1, …"""
     async with anyio.create_task_group() as tasks:
         for server in servers:
             listener = await SocketListener.listen("127.0.0.1", 0)
@@ -209,7 +226,7 @@ async def scripted(n: int = 1, **config: Any) -> AsyncIterator[tuple[Rig, list[S
         tasks.cancel_scope.cancel()
 
 
-async def _accept(listener: SocketListener, server: Scripted, tasks: anyio.abc.TaskGroup) -> None:
+async def _accept(listener: SocketListener, server: Upstream, tasks: anyio.abc.TaskGroup) -> None:
     try:
         await listener.accept_forever(lambda stream: tasks.start_soon(server.serve, stream))
     finally:

@@ -13,10 +13,10 @@ import anyio
 import pytest
 
 from lbio.http1 import IncompleteBody, Reader, parse_request_head
-from lbio.streams import SocketListener, SocketStream
+from lbio.streams import SocketStream
 from simulator.faults import Fault, FaultKind
 from simulator.serve import FakeServer
-from tests.lbio.kit import PROBES, Client, Rig, balanced, before, client, specs
+from tests.lbio.kit import PROBES, Client, Rig, balanced, client, played, specs
 from tests.simulator.wire import Answer, body_of, load, parse, request
 
 pytestmark = pytest.mark.anyio
@@ -132,23 +132,8 @@ class Upstream:
 @contextlib.asynccontextmanager
 async def upstreams(n: int, **config: Any) -> AsyncIterator[tuple[Rig, list[Upstream]]]:
     """Run a balancer in front of `n` of them called s0, s1, …"""
-    servers = [Upstream() for _ in range(n)]
-    async with anyio.create_task_group() as tasks:
-        for server in servers:
-            listener = await SocketListener.listen("127.0.0.1", 0)
-            server.url = f"http://127.0.0.1:{listener.addresses[0][1]}"
-            tasks.start_soon(_accept, listener, server, tasks)
-        named = [{"url": server.url, "name": f"s{i}"} for i, server in enumerate(servers)]
-        async with before(named, **{**CALM, **config}) as service:
-            yield Rig(service, []), servers
-        tasks.cancel_scope.cancel()
-
-
-async def _accept(listener: SocketListener, server: Upstream, tasks: anyio.abc.TaskGroup) -> None:
-    try:
-        await listener.accept_forever(lambda stream: tasks.start_soon(server.serve, stream))
-    finally:
-        listener.close()
+    async with played([Upstream() for _ in range(n)], **{**CALM, **config}) as (rig, servers):
+        yield rig, servers
 
 
 # --- to all servers --------------------------------------------------------------------------------------------
