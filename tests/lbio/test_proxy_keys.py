@@ -28,7 +28,7 @@ from lbio.keys import new_hash, new_token
 from simulator.fake_ollama import FakeModel
 from tests.lbio.kit import LIMIT_S, TINY, Rig, Scripted, balanced, client, first_probes, scripted, specs
 from tests.lbio.sockets_kit import free_port
-from tests.lbio.test_keys import as_go_reads
+from tests.lbio.test_gate import as_go_reads
 from tests.simulator.wire import Answer, body_of, chat
 
 pytestmark = pytest.mark.anyio
