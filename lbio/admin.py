@@ -14,12 +14,12 @@ from lbcore.events import ServerAdded, ServerRemovalRequested, SyncRequested
 from lbcore.ollama import Shape
 from lbcore.parsing import RefusedError, quote
 from lbcore.records import Server
-from lbio.addresses import parse_name, parse_server_url
+from lbio.answers.local import TEXT, LocalAnswer, error_answer, json_answer
+from lbio.answers.status import as_table, server_status, status
+from lbio.configuration.addresses import parse_name, parse_server_url
+from lbio.configuration.settings import AdminAccess
 from lbio.driver import Driver
 from lbio.http1 import RequestHead
-from lbio.local import TEXT, LocalAnswer, error_answer, json_answer
-from lbio.settings import AdminAccess
-from lbio.status import as_table, server_status, status
 
 _SERVERS = "/servers/"
 _BODY_BYTES_MAX = 65536

@@ -20,10 +20,10 @@ from lbcore.events import (
     StreamEnded,
 )
 from lbcore.ollama import PASS_THROUGH, RequestKind
-from lbio.blob_body import Taker
 from lbio.exchange import ClientRequest, Exchange
 from lbio.http1 import HttpError, IncompleteBody, ResponseHead
 from lbio.upstream import Answer, ConnectError, Connection, Endpoint, read_response_head
+from lbio.wire.blob_body import Taker
 
 _JOIN_BYTES_MAX = 65536  # a head and a body up to this size are sent at once
 _DETAIL_CHARS_MAX = 200

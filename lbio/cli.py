@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from lbcore import __version__
-from lbio.key_command import key
+from lbio.access.key_command import key
 
 # ruff: noqa: PLC0415  # `--help` must not wait for what it does not need
 
 if TYPE_CHECKING:
     from lbcore.parsing import Problem
+    from lbio.configuration.settings import AppConfig
     from lbio.service import FleetFactory
-    from lbio.settings import AppConfig
     from simulator.fakes.specs import FakeSpec
     from simulator.serve import FakeServer
 
@@ -142,7 +142,7 @@ def check(config: str | None, *, as_json: bool, **flags: Any) -> int:
     import dataclasses
     import json
 
-    from lbio.summary import found_at_start, problems_object, summary_lines, summary_object
+    from lbio.configuration.summary import found_at_start, problems_object, summary_lines, summary_object
 
     report = (lambda problems: click.echo(json.dumps(problems_object(problems), default=str))) if as_json else None
     app = _load(config, flags, [], report=report, quiet=True)
@@ -213,7 +213,7 @@ def replay(log: Path, *, at: int | None, as_json: bool) -> int:
     LOG is the file that [record] names, or one of those before it. Exits with 1 at the first difference, and shows it;
     with 2 if the log cannot be read.
     """
-    from lbio.replay import replay as replay_log
+    from lbio.journal.replay import replay as replay_log
 
     return replay_log(log, at=at, as_json=as_json)
 
@@ -425,7 +425,7 @@ def _fleet_lines(servers: Sequence[FakeServer]) -> Iterable[str]:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; nobody gets a traceback for a mistake of their own."""
-    from lbio.standard_files import give_up_output, open_closed
+    from lbio.configuration.standard_files import give_up_output, open_closed
 
     open_closed()
     try:

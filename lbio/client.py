@@ -9,11 +9,11 @@ import anyio
 from anyio.abc import ByteStream, SocketAttribute
 
 from lbcore.schema import SECOND_NS
-from lbio.blob_body import WINDOW_BYTES, BlobBody
+from lbio.configuration.settings import ClientSettings, LimitSettings
 from lbio.http1 import Framing, HttpError, IncompleteBody, Reader, RequestHead
-from lbio.settings import ClientSettings, LimitSettings
-from lbio.sockets import SocketStream, send_while_taken
-from lbio.streams import close_now
+from lbio.wire.blob_body import WINDOW_BYTES, BlobBody
+from lbio.wire.sockets import SocketStream, send_while_taken
+from lbio.wire.streams import close_now
 
 _T = TypeVar("_T")
 _WRITE_BYTES = 65536

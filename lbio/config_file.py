@@ -16,9 +16,10 @@ from lbcore.config_routes import ROUTE_KEYS, parse_routes
 from lbcore.file_kind import FileKind, other_kind
 from lbcore.parsing import ABSENT, Keys, Problem, RefusedError, parse_table, show
 from lbcore.schema import fields_of, join, keys_of
-from lbio.addresses import Address, parse_listen, parse_origin
-from lbio.config_keys import KEYS_KEYS, parse_keys, parse_upstream, without_secret
-from lbio.config_servers import (
+from lbio.access.cors import is_loopback
+from lbio.configuration.addresses import Address, parse_listen, parse_origin
+from lbio.configuration.config_keys import KEYS_KEYS, parse_keys, parse_upstream, without_secret
+from lbio.configuration.config_servers import (
     SERVER_KEYS,
     Keyed,
     parse_server_flags,
@@ -27,9 +28,8 @@ from lbio.config_servers import (
     refuse_loops,
     server_warnings,
 )
-from lbio.config_text import document, dump
-from lbio.cors import is_loopback
-from lbio.settings import DEFAULT_LISTEN, AdminAccess, AppConfig
+from lbio.configuration.config_text import document, dump
+from lbio.configuration.settings import DEFAULT_LISTEN, AdminAccess, AppConfig
 
 __all__ = [
     "AppConfig",

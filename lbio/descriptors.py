@@ -7,7 +7,7 @@ import logging
 import sys
 from dataclasses import replace
 
-from lbio.settings import LimitSettings
+from lbio.configuration.settings import LimitSettings
 
 if sys.platform != "win32":
     import resource

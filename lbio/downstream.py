@@ -7,55 +7,33 @@ import itertools
 import secrets
 import socket
 from collections.abc import Iterator
-from dataclasses import replace
 from email.utils import formatdate
+from functools import partial
 
 import anyio
 import anyio.lowlevel
 from anyio.abc import ByteStream
 
 from lbcore.commands import RejectRequest
-from lbcore.config import Strategy
-from lbcore.ollama import Route, Shape, find_route, shape_of
-from lbcore.requests import PIN_HEADER
+from lbcore.ollama import Shape, find_route, shape_of
 from lbcore.schema import SECOND_NS
-from lbio.addresses import parse_listen
+from lbio.access.cors import NOTHING, Cors, Verdict, is_loopback
+from lbio.access.credentials import CLIENT_KEYS
+from lbio.access.gate import Gate
+from lbio.access.keys import Key, Keyring
 from lbio.admin import Admin
+from lbio.answers.local import LocalAnswer, error_answer
+from lbio.answers.own import SERVER_HEADER, Ask, OwnAnswers
+from lbio.answers.shows import ShowRelay
 from lbio.attempt import AttemptRun
-from lbio.blob_body import BlobBody
-from lbio.bodies import read_facts
 from lbio.client import BodyBudget, ClientGone, ClientStream
-from lbio.cors import NOTHING, Cors, Verdict, is_loopback
-from lbio.credentials import CLIENT_KEYS
+from lbio.configuration.addresses import parse_listen
 from lbio.driver import Driver
 from lbio.exchange import ClientRequest, Exchange, head_parts
-from lbio.gate import Gate
-from lbio.headers import has_passed, upstream_headers
 from lbio.http1 import Framing, HeaderPairs, HttpError, RequestHead, parse_request_head, serialize_response
-from lbio.keys import Key as ClientKey
-from lbio.keys import Keyring
-from lbio.local import (
-    LISTS,
-    NEEDS_SERVERS,
-    LocalAnswer,
-    answer_list,
-    answer_route,
-    error_answer,
-    model_in_path,
-    preliminary_answer,
-)
 from lbio.relay import Relay
-from lbio.shows import Key, ShowRelay, Shows
-
-_SETTLE_S = 2.0
-"""How long a merged view waits for the first probes after the start."""
-_OUTDATED_S = 0.5
-"""How long it waits for those servers that have changed since they were last read."""
-
-_SERVER = PIN_HEADER.encode()
-_PIN = _SERVER.lower()
-
-_LOOP = "this request has been here before: a server that it was sent to leads back to this load balancer"
+from lbio.wire.blob_body import BlobBody
+from lbio.wire.headers import upstream_headers
 
 
 class Front:
@@ -68,7 +46,7 @@ class Front:
         own_name = socket.gethostname().lower() if is_loopback(parse_listen(driver.app.listen).host) else None
         self._cors = Cors(driver.app.origins, own_name=own_name)
         self.draining = False
-        self.shows = Shows()
+        self.own = OwnAnswers(driver, self.admin, self.gate)
         self.bodies = BodyBudget(driver.app.limits.bodies_bytes_max)
         self._boot = secrets.token_hex(2)
         self._ids: Iterator[int] = itertools.count(1)
@@ -89,7 +67,7 @@ class Front:
         host, methods = head.header(b"host") or b"", find_route(head.path).methods
         return self._cors.judge(head.method, origin or b"", host, methods)
 
-    def admit(self, head: RequestHead, peer: str, verdict: Verdict) -> ClientKey | LocalAnswer | None:
+    def admit(self, head: RequestHead, peer: str, verdict: Verdict) -> Key | LocalAnswer | None:
         """Return the key of a request, or the answer to it if it lacks the one it needs, or needs none."""
         if self.gate is None:
             return None
@@ -97,19 +75,8 @@ class Front:
             return verdict.answer
         admitted = self.gate.admit(head, self.driver.clock())
         if isinstance(admitted, LocalAnswer):
-            self._tell(self.gate, admitted, head, peer)
+            self.own.tell(admitted, head, peer)
         return admitted
-
-    def refuse_models(self, key: ClientKey | None, head: RequestHead, body: bytes, peer: str) -> LocalAnswer | None:
-        """Return the answer to a request that names a model which its key may not use."""
-        refusal = self.gate.refuse_models(key, head, body) if self.gate is not None and key is not None else None
-        if self.gate is not None and refusal is not None:
-            self._tell(self.gate, refusal, head, peer)
-        return refusal
-
-    def _tell(self, gate: Gate, refusal: LocalAnswer, head: RequestHead, peer: str) -> None:
-        if (words := gate.words(refusal, head, peer, self.driver.clock())) is not None:
-            self.driver.log.warning(words)
 
     async def serve(self, stream: ByteStream) -> None:
         """Serve one connection until it ends."""
@@ -161,9 +128,8 @@ class ClientConnection:
         self._driver = front.driver
         self._is_idle = True  # but for what of a request may have come
         self._cors_headers: HeaderPairs = ()  # of the answer to this request
-        self._key: ClientKey | None = None  # of this request
+        self._key: Key | None = None  # of this request
         self._is_over = False  # no further request is read
-        self._show_key: Key | None = None  # under which the answer to a request for `/api/show` is kept
 
     @property
     def is_idle(self) -> bool:
@@ -201,7 +167,6 @@ class ClientConnection:
         """Read and answer one request; return whether another may follow."""
         head: RequestHead | None = None
         self._cors_headers = ()
-        self._show_key = None
         try:
             try:
                 raw = await self._client.read_head()
@@ -240,53 +205,9 @@ class ClientConnection:
         return b""
 
     async def _answer(self, head: RequestHead, body: bytes) -> bool:
-        path = head.path
-        if has_passed(head, self._driver.via):
-            return await self._respond(error_answer(shape_of(path), 508, _LOOP), head)
-        if self._front.admin.is_admin(path):
-            has_key = self._key is not None
-            answer = await self._front.admin.answer(head, body, self._client.peer, has_key=has_key)
-            return await self._respond(answer, head)
-        route = find_route(path)
-        found = preliminary_answer(head) or await self._answer_some(head, route, body)
-        if found is not None:
-            return await self._respond(found, head)
-        strategy = self._driver.balancer.config.route(route.name).strategy
-        if strategy in {Strategy.LOCAL, Strategy.AGGREGATE} and head.header(_PIN) is None:
-            if route.name in NEEDS_SERVERS:
-                await self._settled()
-            found = answer_route(route, path, self._driver.balancer.fleet)
-            if found is not None:
-                return await self._respond(found, head)
-        if route.name == "/api/show" and head.header(_PIN) is None:
-            model = read_facts(route, head.method, body).model
-            self._show_key = Shows.key(self._driver.balancer.fleet, model, body)
-            shown = self._front.shows.get(self._show_key) if self._show_key is not None else None
-            if shown is not None:
-                ours = ((_SERVER, shown.server.encode()),)
-                return await self._respond(LocalAnswer(200, shown.content_type, shown.body), head, extra=ours)
-        return await self._forward(head, body)
-
-    async def _answer_some(self, head: RequestHead, route: Route, body: bytes) -> LocalAnswer | None:
-        """Answer what a key that is for some models may not ask for, and lists, which show no others."""
-        key = self._key
-        refusal = self._front.refuse_models(key, head, body, self._client.peer)
-        if refusal is not None or key is None or key.models.is_all or route.name not in LISTS:
-            return refusal
-        await self._settled()
-        fleet, names = self._driver.balancer.fleet, _pinned(head)
-        servers = [server for server in fleet if server.is_alive and (not names or server.name in names)]
-        if not servers:
-            message = f"{PIN_HEADER}: no server of this name is alive" if names else fleet.nobody_there()
-            return error_answer(route.shape, 502, message, retry_after_s=1)
-        return answer_list(route, servers, key.models.may)
-
-    async def _settled(self) -> None:
-        """Give the first probes after the start a moment, so that they are not taken for an empty fleet."""
-        with anyio.move_on_after(_SETTLE_S):
-            await self._driver.wait_probed(lambda server: server.last_sync_ns is None and server.probe_failures == 0)
-        with anyio.move_on_after(_OUTDATED_S):  # who has just pulled a model wants to see it
-            await self._driver.wait_probed(lambda server: server.outdated and server.is_alive)
+        ask = Ask(head, body, self._client.peer, self._key)
+        found = await self._front.own.find(ask)
+        return await self._respond(found, head) if found is not None else await self._forward(ask)
 
     # --- answers of our own --------------------------------------------------------------------------------
 
@@ -310,14 +231,15 @@ class ClientConnection:
 
     # --- answers of servers --------------------------------------------------------------------------------
 
-    async def _forward(self, head: RequestHead, body: bytes) -> bool:
+    async def _forward(self, ask: Ask) -> bool:
         """Let the core decide who answers, and relay that; a client that leaves ends it at once."""
+        head = ask.head
         try:
-            request = self._client_request(head, body)
+            request = self._client_request(ask)
         except ValueError as error:
             return await self._respond(error_answer(shape_of(head.path), 400, f"illegal header: {error}"), head)
         exchange = self._driver.open(request)
-        exchange.on_chosen = self._begin_relay
+        exchange.on_chosen = partial(self._begin_relay, ask)
         keep = False
         reading = anyio.CancelScope()
         try:
@@ -340,7 +262,7 @@ class ClientConnection:
         if exchange.merge is None or exchange.rejected is not None:
             return await self._refuse(exchange)
         merge, head = exchange.merge, exchange.request.head
-        ours = ((_SERVER, ", ".join(merge.servers).encode()), *_about(exchange))
+        ours = ((SERVER_HEADER, ", ".join(merge.servers).encode()), *_about(exchange))
         if not merge.begun:
             return await self._respond(merge.answer(), head, extra=ours)
         chunked = head.http_version != "1.0"
@@ -370,35 +292,31 @@ class ClientConnection:
                 self._driver.close(exchange)
                 exchange.reject(RejectRequest(exchange.request.request_id, error.status, error.message))
 
-    def _client_request(self, head: RequestHead, body: bytes) -> ClientRequest:
+    def _client_request(self, ask: Ask) -> ClientRequest:
         number, tag = self._front.next_id()
-        route = find_route(head.path)
-        facts = read_facts(route, head.method, body, head.header(b"content-type") or b"")
-        if (model := model_in_path(route, head.path)) is not None:
-            facts = replace(facts, model=model)
+        head, body, route = ask.head, ask.body, ask.route
         upload: BlobBody | None = None
         n_bytes: int | None = len(body)
         if _uploads(head) and head.framing is not Framing.NONE:
             n_bytes = head.content_length if head.framing is Framing.LENGTH else None
             upload = BlobBody(n_bytes, self._driver.balancer.config.timeouts.silence_ns / SECOND_NS)
         forwarded, via = self._driver.app.proxy.forwarded, self._driver.via
-        plain = route.generates or self._show_key is not None
+        plain = route.generates or ask.show_key is not None
         headers = upstream_headers(head, n_bytes, self._client.peer, forwarded, plain=plain, via=via)
         if self._front.gate is not None:  # a key is for us, and for nobody else
             headers = [pair for pair in headers if pair[0] not in CLIENT_KEYS]
         parts = head_parts(head, headers)
-        shape, servers, key = shape_of(head.path), _pinned(head), self._key.name if self._key is not None else ""
-        return ClientRequest(number, tag, head, route, shape, facts, body, parts, servers, upload, key)
+        shape, key = shape_of(head.path), ask.key.name if ask.key is not None else ""
+        return ClientRequest(number, tag, head, route, shape, ask.facts, body, parts, ask.servers, upload, key)
 
-    def _begin_relay(self, exchange: Exchange, run: AttemptRun) -> None:
+    def _begin_relay(self, ask: Ask, exchange: Exchange, run: AttemptRun) -> None:
         if run.answer is not None:
-            key, self._show_key = self._show_key, None
-            if key is not None:
-                shows = self._front.shows
+            if ask.show_key is not None:
+                shows, key = self._front.own.shows, ask.show_key
                 exchange.relay = ShowRelay(exchange, run, run.answer, self._client, self._driver, shows, key)
             else:
                 exchange.relay = Relay(exchange, run, run.answer, self._client, self._driver)
-            ours = ((_SERVER, run.endpoint.name.encode()), *_about(exchange), *self._cors_headers)
+            ours = ((SERVER_HEADER, run.endpoint.name.encode()), *_about(exchange), *self._cors_headers)
             exchange.relay.begin(close=self._must_close(exchange.request.head), ours=ours)
 
     async def _refuse(self, exchange: Exchange) -> bool:
@@ -407,12 +325,6 @@ class ClientConnection:
         retry_after_s = refusal.retry_after_s if refusal is not None else 0
         answer = error_answer(request.shape, status, message, request.tag, retry_after_s=retry_after_s)
         return await self._respond(answer, request.head, extra=_about(exchange))
-
-
-def _pinned(head: RequestHead) -> tuple[str, ...]:
-    """Return the names of the servers that the client wants to be asked."""
-    value = (head.header(_PIN) or b"").decode(errors="replace")
-    return tuple(dict.fromkeys(name for part in value.split(",") if (name := part.strip())))
 
 
 def _uploads(head: RequestHead) -> bool:

@@ -32,18 +32,18 @@ from lbcore.config import ServerSettings
 from lbcore.events import DownstreamClosed, Event, Reason, RequestArrived
 from lbcore.records import Server
 from lbcore.schema import SECOND_NS
+from lbio.access.credentials import NO_CREDENTIALS, Credentials
+from lbio.answers.merge import Merge
+from lbio.answers.status import different_builds
 from lbio.attempt import AttemptRun
-from lbio.credentials import NO_CREDENTIALS, Credentials
+from lbio.configuration.settings import AppConfig
 from lbio.exchange import ClientRequest, Exchange
-from lbio.logs import Log
-from lbio.merge import Merge
+from lbio.journal.logs import Log
+from lbio.journal.totals import Totals
 from lbio.prober import Probe
-from lbio.settings import AppConfig
-from lbio.status import different_builds
-from lbio.streams import Connect, connect
-from lbio.tls import client_context
-from lbio.totals import Totals
 from lbio.upstream import Endpoint
+from lbio.wire.streams import Connect, connect
+from lbio.wire.tls import client_context
 
 _BUILDS_S = 5.0
 """How often the builds of models are compared."""

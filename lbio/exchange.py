@@ -10,13 +10,13 @@ import anyio
 
 from lbcore.commands import RejectRequest
 from lbcore.ollama import BodyFacts, Route, Shape
-from lbio.blob_body import BlobBody
-from lbio.credentials import NO_CREDENTIALS, Credentials
+from lbio.access.credentials import NO_CREDENTIALS, Credentials
 from lbio.http1 import Headers, RequestHead, serialize_request
+from lbio.wire.blob_body import BlobBody
 
 if TYPE_CHECKING:
+    from lbio.answers.merge import Merge
     from lbio.attempt import AttemptRun
-    from lbio.merge import Merge
     from lbio.relay import Relay
 
 

@@ -1,6 +1,6 @@
 """HTTP/1.1 for both roles, and all of it that the rest of the house uses: heads, bodies, buffered reading.
 
-Heads live in `lbio.http1_heads` and are offered here under the same names. Bodies are read here, with a
+Heads live in `lbio.wire.http1_heads` and are offered here under the same names. Bodies are read here, with a
 chunked decoder of our own: h11's needs a connection with the whole dialogue behind it, and accepts more than
 we want to.
 """
@@ -12,7 +12,7 @@ from typing import Final, Literal, Self
 import anyio
 from anyio.abc import AnyByteReceiveStream
 
-from lbio.http1_heads import (
+from lbio.wire.http1_heads import (
     Framing,
     Head,
     HeaderPairs,

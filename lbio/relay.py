@@ -9,9 +9,9 @@ from lbcore.ollama import error_tail
 from lbio.attempt import AttemptRun
 from lbio.client import ClientStream
 from lbio.exchange import Exchange
-from lbio.headers import downstream_headers
 from lbio.http1 import LAST_CHUNK, Framing, HeaderPairs, HttpError, IncompleteBody, encode_chunk, serialize_response
 from lbio.upstream import Answer
+from lbio.wire.headers import downstream_headers
 
 _TAIL_BYTES_MAX = 65536
 """A line whose beginning is longer than this is passed on as it comes."""

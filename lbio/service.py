@@ -24,18 +24,18 @@ from lbcore.config import ServerSettings
 from lbcore.events import DrainDeadlinePassed
 from lbcore.schema import SECOND_NS
 from lbcore.units import counted
-from lbio import logs
-from lbio.addresses import Address, parse_listen
+from lbio.access.credentials import SecretsError, read_secrets
+from lbio.answers.status import align
 from lbio.config_file import access_warnings
-from lbio.credentials import SecretsError, read_secrets
+from lbio.configuration.addresses import Address, parse_listen
+from lbio.configuration.settings import AppConfig
 from lbio.descriptors import fitted
 from lbio.downstream import Front
 from lbio.driver import Driver
-from lbio.record import RecordError, Recording
-from lbio.settings import AppConfig
-from lbio.status import align
-from lbio.streams import TCP, Network
-from lbio.tls import client_context
+from lbio.journal import logs
+from lbio.journal.record import RecordError, Recording
+from lbio.wire.streams import TCP, Network
+from lbio.wire.tls import client_context
 
 _log = logging.getLogger("ollama_lb")
 _CUT_S = 0.5  # for error lines to be written once the drain deadline has passed

@@ -14,13 +14,13 @@ from anyio.abc import ByteStream, SocketAttribute
 from lbcore.events import Reason
 from lbcore.ollama import Ending
 from lbcore.schema import SECOND_NS
-from lbio.addresses import parse_server_url
-from lbio.blob_body import Taker
-from lbio.credentials import NO_CREDENTIALS, Credentials
+from lbio.access.credentials import NO_CREDENTIALS, Credentials
+from lbio.configuration.addresses import parse_server_url
+from lbio.configuration.settings import PoolSettings
 from lbio.http1 import ChunkedDecoder, Framing, HttpError, IncompleteBody, Reader, ResponseHead, parse_response_head
-from lbio.settings import PoolSettings
-from lbio.streams import Connect, SocketStream, close_now, connect, connect_tls, is_exhaustion
-from lbio.watchers import Watcher
+from lbio.wire.blob_body import Taker
+from lbio.wire.streams import Connect, SocketStream, close_now, connect, connect_tls, is_exhaustion
+from lbio.wire.watchers import Watcher
 
 _STREAM_TYPES = (b"application/x-ndjson", b"text/event-stream")
 _INTERIM_MAX = 8  # 1xx answers that are skipped before it is called garbage

@@ -31,7 +31,7 @@ from lbio.http1 import (
     parse_request_head,
     serialize_response,
 )
-from lbio.streams import TCP, Listener, Network, Stream
+from lbio.wire.streams import TCP, Listener, Network, Stream
 from simulator.fake_ollama import FakeSpec
 from simulator.fakes.answers import http_date
 from simulator.fakes.api import Generation, HeaderPairs, Lines, Reply, Request, fault_reply, generates, handle

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from lbio.status import COLUMNS
+from lbio.answers.status import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from lbcore.records import Server
 from lbio.config_file import parse
 from lbio.http1 import Reader, parse_request_head
 from lbio.service import Service, start
-from lbio.streams import SocketListener, SocketStream
+from lbio.wire.streams import SocketListener, SocketStream
 from simulator.fake_ollama import FakeModel, FakeSpec
 from simulator.serve import FakeServer, serve_fleet
 from tests.simulator.wire import Answer, ask, chat, connect, request

@@ -10,7 +10,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from lbio.streams import SocketListener, SocketStream, connect
+from lbio.wire.streams import SocketListener, SocketStream, connect
 
 BIG = bytes(range(256)) * 16384  # 4 MiB, more than any socket buffer here
 BACKENDS = [

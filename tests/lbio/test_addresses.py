@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lbcore.parsing import RefusedError
-from lbio.addresses import Address, is_same_place, parse_listen, parse_name, parse_server_url
+from lbio.configuration.addresses import Address, is_same_place, parse_listen, parse_name, parse_server_url
 
 # tables of exact messages: one case a line
 

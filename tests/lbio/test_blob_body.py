@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbio.blob_body import PIECE_BYTES, WINDOW_BYTES, BlobBody, Taker
 from lbio.http1 import ChunkedDecoder
-from lbio.streams import Stream
+from lbio.wire.blob_body import PIECE_BYTES, WINDOW_BYTES, BlobBody, Taker
+from lbio.wire.streams import Stream
 from tests.lbio.virtual import MemoryNetwork, MemoryStream, in_virtual_time
 
 KIB = 1 << 10

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lbcore.ollama import MODEL_CHARS_MAX, BodyFacts, RequestKind, find_route, runner_key
-from lbio.bodies import read_facts
+from lbio.wire.bodies import read_facts
 
 CHAT, GENERATE = find_route("/api/chat"), find_route("/api/generate")
 LOAD, UNLOAD, GEN, MANAGE = RequestKind.LOAD, RequestKind.UNLOAD, RequestKind.GENERATE, RequestKind.MANAGE

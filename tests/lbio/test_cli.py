@@ -23,7 +23,7 @@ from lbcore.config import Config
 from lbcore.units import format_duration
 from lbio.cli import main
 from lbio.config_file import document, load, parse
-from lbio.settings import AppConfig
+from lbio.configuration.settings import AppConfig
 from simulator.policies.known import POLICIES
 from tests.lbio.sockets_kit import free_port
 

@@ -19,7 +19,7 @@ from lbcore.config import Config, Policy, RouteSettings, ServerSettings, Strateg
 from lbcore.ollama import default_routes
 from lbcore.schema import SECOND_NS, fields_of
 from lbio.config_file import NO_OVERRIDES, ConfigError, Overrides, dump, load, parse
-from lbio.settings import AppConfig, Forwarded, LogLevel
+from lbio.configuration.settings import AppConfig, Forwarded, LogLevel
 from simulator.fleet import parse_fleet
 
 # ruff: noqa: E501  # tables of exact messages: one case a line

@@ -18,8 +18,8 @@ import pytest
 from anyio.abc import SocketAttribute
 from anyio.streams.tls import TLSStream
 
-from lbio import streams
-from lbio.streams import SocketListener, SocketStream, close_now, connect, connect_tls
+from lbio.wire import streams
+from lbio.wire.streams import SocketListener, SocketStream, close_now, connect, connect_tls
 from tests.lbio.sockets_kit import BACKENDS, BIG, black_hole, free_port, listening, open_descriptors, until
 
 pytestmark = pytest.mark.anyio
@@ -260,7 +260,7 @@ async def test_accepting_survives(code: int, monkeypatch: pytest.MonkeyPatch, ca
 
     monkeypatch.setattr(socket.socket, "accept", accept)
     accepted: list[SocketStream] = []
-    with caplog.at_level(logging.INFO, "lbio.streams"):
+    with caplog.at_level(logging.INFO, "lbio.wire.streams"):
         async with listening(accepted.append) as listener:
             client = await connect(*listener.addresses[0])
             await until(lambda: bool(accepted))

@@ -11,8 +11,8 @@ import pytest
 
 from lbcore.events import SyncRequested
 from lbio import descriptors
-from lbio.settings import LimitSettings
-from lbio.streams import is_exhaustion
+from lbio.configuration.settings import LimitSettings
+from lbio.wire.streams import is_exhaustion
 from tests.lbio.kit import balanced, chat_request, client, specs
 from tests.lbio.sockets_kit import until
 

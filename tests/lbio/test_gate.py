@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from lbcore.ollama import ROUTES, canonical_model, find_route
 from lbcore.schema import SECOND_NS
+from lbio.access.credentials import Credentials, Secrets, SecretsError, read_secrets
+from lbio.access.gate import Gate
+from lbio.access.keys import Key, new_token
+from lbio.answers.local import LocalAnswer
 from lbio.config_file import ConfigError, parse
-from lbio.credentials import Credentials, Secrets, SecretsError, read_secrets
-from lbio.gate import Gate
-from lbio.keys import Key, new_token
-from lbio.local import LocalAnswer
-from lbio.settings import AppConfig, Right, UpstreamSettings
+from lbio.configuration.settings import AppConfig, Right, UpstreamSettings
 from tests.lbio.test_keys import HASH, MANAGE, SERVER, TOKEN, USE, head, key, ring
 
 # ruff: noqa: E501  # tables of values: one case a line
@@ -232,7 +232,7 @@ SECRET = "hunter2-sk-0123456789"
     {"admin": {"token": SECRET}}, {"api_keys": {"a": SECRET}}, {"servers": [{**SERVER, "bearer": f"env:{SECRET}"}]},
 ])
 def test_no_problem_repeats_what_may_be_a_secret(raw: dict[str, Any]) -> None:
-    from lbio.summary import problems_object  # noqa: PLC0415
+    from lbio.configuration.summary import problems_object  # noqa: PLC0415
 
     with pytest.raises(ConfigError) as caught:
         parse({"servers": [SERVER], **raw})

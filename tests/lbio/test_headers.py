@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbio.headers import HOP_BY_HOP, canonical, downstream_headers, end_to_end, upstream_headers
+from lbio.configuration.settings import Forwarded
 from lbio.http1 import Framing, RequestHead, ResponseHead, parse_request_head, parse_response_head
-from lbio.settings import Forwarded
+from lbio.wire.headers import HOP_BY_HOP, canonical, downstream_headers, end_to_end, upstream_headers
 
 names = st.from_regex(rb"x-[a-z]{1,6}", fullmatch=True) | st.sampled_from(sorted(HOP_BY_HOP))
 values = st.from_regex(rb"[a-z, ]{0,8}", fullmatch=True)

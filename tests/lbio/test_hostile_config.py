@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lbio.config_file import ConfigError, load
-from lbio.summary import problems_object
+from lbio.configuration.summary import problems_object
 from simulator.fleet import parse_fleet
 
 HUGE = "0x" + "f" * 5000

@@ -6,7 +6,6 @@ from h11._connection import _body_framing
 from hypothesis import example
 from hypothesis import strategies as st
 
-from lbio import http1_heads
 from lbio.http1 import (
     Framing,
     HttpError,
@@ -18,6 +17,7 @@ from lbio.http1 import (
     serialize_request,
     serialize_response,
 )
+from lbio.wire import http1_heads
 from tests.lbio.http1_strategies import corrupted, corruptions, given, outcome, request_heads, response_heads
 from tests.lbio.malformed import REQUEST_HEADS, RESPONSE_HEADS
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lbio.access.credentials import read_secrets
 from lbio.cli import main
 from lbio.config_file import access_warnings, parse
-from lbio.credentials import read_secrets
 
 SERVER = '[[servers]]\nurl = "http://gpu1:11434"\nname = "gpu1"\n'
 OPEN = (

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from lbcore.ollama import ROUTES, find_route
 from lbcore.parsing import RefusedError
 from lbcore.schema import SECOND_NS
-from lbio import keys
+from lbio.access import keys
+from lbio.access.keys import Bucket, Key, Keyring, Models, needed_right, new_hash, new_token, parse_hash
+from lbio.access.named_models import LENIENT_BYTES_MAX, UnreadableError, named_models
+from lbio.configuration.settings import Right
 from lbio.http1 import RequestHead, parse_request_head
-from lbio.keys import Bucket, Key, Keyring, Models, needed_right, new_hash, new_token, parse_hash
-from lbio.named_models import LENIENT_BYTES_MAX, UnreadableError, named_models
-from lbio.settings import Right
 
 # ruff: noqa: E501  # tables of values: one case a line
 

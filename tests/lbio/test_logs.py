@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from lbcore.commands import Decision, RecordDecision
-from lbio.late_writer import LateWriter
-from lbio.logs import Log
-from lbio.settings import LogSettings
+from lbio.configuration.settings import LogSettings
+from lbio.journal.late_writer import LateWriter
+from lbio.journal.logs import Log
 from tests.lbio.kit import PROBES, line
 
 if sys.platform == "win32":

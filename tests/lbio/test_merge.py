@@ -9,11 +9,11 @@ from typing import Any, cast
 import pytest
 
 from lbcore.ollama import find_route
-from lbio.bodies import read_facts
+from lbio.answers.merge import Merge
 from lbio.client import ClientStream
 from lbio.exchange import ClientRequest, head_parts
 from lbio.http1 import parse_request_head
-from lbio.merge import Merge
+from lbio.wire.bodies import read_facts
 
 pytestmark = pytest.mark.anyio
 

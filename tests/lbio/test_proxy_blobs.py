@@ -13,7 +13,7 @@ import anyio
 import pytest
 
 from lbio.http1 import IncompleteBody, Reader, parse_request_head
-from lbio.streams import SocketStream
+from lbio.wire.streams import SocketStream
 from simulator.faults import Fault, FaultKind
 from simulator.serve import FakeServer
 from tests.lbio.kit import PROBES, Rig, balanced, client, played, specs

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import pytest
 
-from lbio.streams import SocketStream
+from lbio.wire.streams import SocketStream
 from simulator.faults import Fault, FaultKind
 from tests.lbio.kit import LIMIT_S, NDJSON, Rig, balanced, chat_request, client, line, scripted, specs
 from tests.lbio.malformed import BEGINNINGS, CHUNKED_BODIES, REQUEST_HEADS

@@ -22,9 +22,9 @@ import pytest
 from lbcore.config import ServerSettings
 from lbcore.events import ServerAdded, ServerRemovalRequested
 from lbcore.ollama import canonical_model
+from lbio.access.credentials import read_secrets
+from lbio.access.keys import new_hash, new_token
 from lbio.config_file import parse
-from lbio.credentials import read_secrets
-from lbio.keys import new_hash, new_token
 from simulator.fake_ollama import FakeModel
 from tests.lbio.kit import LIMIT_S, TINY, Rig, Scripted, balanced, client, first_probes, scripted, specs
 from tests.lbio.sockets_kit import free_port

@@ -16,8 +16,8 @@ from pathlib import Path
 import anyio
 import pytest
 
+from lbio.configuration.settings import AppConfig
 from lbio.service import _drain, start
-from lbio.settings import AppConfig
 from simulator.serve import serve_fleet
 from tests.lbio.kit import LIMIT_S, PROBES, balanced, before, chat_request, client, first_probes, scripted, specs
 from tests.lbio.sockets_kit import free_port, until

@@ -16,7 +16,7 @@ from lbcore.events import Reason
 from lbio.config_file import parse
 from lbio.http1 import Reader, parse_request_head
 from lbio.service import Service, start
-from lbio.streams import SocketListener, SocketStream, connect
+from lbio.wire.streams import SocketListener, SocketStream, connect
 
 CERTIFICATE = Path(__file__).parent / "localhost.pem"
 CHAT = b'{"model":"tiny","message":{"role":"assistant","content":"hi"},"done":true}\n'

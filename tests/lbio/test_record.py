@@ -25,9 +25,9 @@ from lbcore.comparison import Comparison, compare
 from lbcore.config import Config, ServerSettings
 from lbcore.ollama import default_routes
 from lbcore.snapshot import SnapshotError
-from lbio import record
-from lbio.record import RecordError, Recording
-from lbio.settings import RecordSettings
+from lbio.configuration.settings import RecordSettings
+from lbio.journal import record
+from lbio.journal.record import RecordError, Recording
 from tests.lbio.kit import balanced, chat_request, client, specs
 from tests.playbook import MODEL, RaceSettings, arrival
 
@@ -223,8 +223,8 @@ class Disk:
         self.moves = threading.Event()
         self.moves.set()
         self._write, self._open = os.write, os.open
-        monkeypatch.setattr("lbio.record.os.write", self._writes)
-        monkeypatch.setattr("lbio.record.os.open", self._opens)
+        monkeypatch.setattr("lbio.journal.record.os.write", self._writes)
+        monkeypatch.setattr("lbio.journal.record.os.open", self._opens)
 
     def _fail(self) -> None:
         self.moves.wait()

@@ -12,8 +12,8 @@ import pytest
 
 from lbcore.events import AttemptFailed, FirstTokenReceived, Reason
 from lbcore.trace import Recorder
-from lbio import replay as replay_module
 from lbio.cli import main
+from lbio.journal import replay as replay_module
 from tests.playbook import fleet, many
 
 ROOT = Path(__file__).parents[2]

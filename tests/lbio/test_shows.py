@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from lbio.shows import ANSWER_BYTES_MAX, Shown, Shows
+from lbio.answers.shows import ANSWER_BYTES_MAX, Shown, Shows
 from tests.lbio.kit import TINY, Rig, balanced, specs
 from tests.simulator.wire import Answer, request
 
@@ -65,7 +65,7 @@ async def test_an_error_is_not_kept() -> None:
         for _ in range(2):
             assert (await show(rig, model="tiny", system=3)).status in {200, 400}
             assert (await show(rig, model="unknown")).status == 404
-        assert not [key for key in rig.service.front.shows._kept if b"unknown" in key[1]]
+        assert not [key for key in rig.service.front.own.shows._kept if b"unknown" in key[1]]
 
 
 async def test_a_server_that_is_named_is_asked_itself() -> None:

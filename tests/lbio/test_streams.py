@@ -12,7 +12,7 @@ import anyio.lowlevel
 import pytest
 from anyio.abc import SocketAttribute
 
-from lbio.streams import SocketStream
+from lbio.wire.streams import SocketStream
 from tests.lbio.sockets_kit import BACKENDS, BIG, pair, receive_all, tcp_pair
 
 pytestmark = pytest.mark.anyio

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lbcore.ollama import Ending
-from lbio.watchers import Watcher
+from lbio.wire.watchers import Watcher
 from tests.simulator.wire import load, parse
 
 TOKEN = b'{"model":"m","message":{"role":"assistant","content":"x"},"done":false}\n'

@@ -22,7 +22,7 @@ from anyio.abc import SocketAttribute
 from lbcore.records import Server
 from lbio.config_file import parse
 from lbio.service import Service, start
-from lbio.streams import RECEIVE_BYTES, Network, Stream
+from lbio.wire.streams import RECEIVE_BYTES, Network, Stream
 from simulator.fake_ollama import FakeSpec
 from simulator.serve import FakeServer, now_ns, serve_fleet
 from tests.lbio.kit import chat_request, length_of, merged

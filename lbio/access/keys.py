@@ -20,7 +20,7 @@ from urllib.parse import unquote
 from lbcore.ollama import PASS_THROUGH, canonical_model, find_route
 from lbcore.parsing import RefusedError
 from lbcore.schema import SECOND_NS
-from lbio.settings import Right
+from lbio.configuration.settings import Right
 
 TOKEN_PREFIX: Final = "olb_"
 """What every key begins with that is made here, so that a scanner for leaked secrets knows it."""

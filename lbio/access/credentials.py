@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lbcore.parsing import ABSENT, Problem
-from lbio.config_keys import ENV, FILE
+from lbio.access.keys import TOKEN_CHARS_MAX, Bucket, Key, Keyring, Models, digest_of, parse_hash
+from lbio.configuration.config_keys import ENV, FILE
+from lbio.configuration.settings import AppConfig, KeySettings, Right, UpstreamSettings
 from lbio.http1 import HeaderPairs
-from lbio.keys import TOKEN_CHARS_MAX, Bucket, Key, Keyring, Models, digest_of, parse_hash
-from lbio.settings import AppConfig, KeySettings, Right, UpstreamSettings
 
 CLIENT_KEYS = frozenset({b"authorization", b"x-api-key"})
 """The headers in which clients send a key."""

@@ -1,4 +1,4 @@
-"""Dialling and listening, TCP and TLS; the `SocketStream` of `lbio.sockets` is offered here too."""
+"""Dialling and listening, TCP and TLS; the `SocketStream` of `lbio.wire.sockets` is offered here too."""
 
 import contextlib
 import errno
@@ -17,8 +17,8 @@ import anyio
 from anyio.abc import ByteStream
 from anyio.streams.tls import TLSStream
 
-from lbio.addresses import Address
-from lbio.sockets import RECEIVE_BYTES, SocketStream, Stream, Watched
+from lbio.configuration.addresses import Address
+from lbio.wire.sockets import RECEIVE_BYTES, SocketStream, Stream, Watched
 
 __all__ = [
     "RECEIVE_BYTES",

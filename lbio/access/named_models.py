@@ -1,8 +1,9 @@
 """Which models a request names, read so that no server reads it otherwise. Pure.
 
-`lbio.bodies` reads what balancing needs, as fast as it can; here it matters that nothing is overlooked, since a key may
-be for some models only. So all spellings are found that Go would take (it ignores case, and takes the last of several),
-whatever may be read in two ways is refused, and what is no JSON object at all is left for an Ollama to refuse.
+`lbio.wire.bodies` reads what balancing needs, as fast as it can; here it matters that nothing is overlooked, since a
+key may be for some models only. So all spellings are found that Go would take (it ignores case, and takes the last of
+several), whatever may be read in two ways is refused, and what is no JSON object at all is left for an Ollama to
+refuse.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from urllib.parse import unquote_plus
 import msgspec
 
 from lbcore.ollama import Route
-from lbio.bodies import without_surrogates
 from lbio.http1 import RequestHead
+from lbio.wire.bodies import without_surrogates
 
 LENIENT_BYTES_MAX: Final = 256 << 10
 """A larger body must be JSON as it should be: objects take many times the memory of their text."""

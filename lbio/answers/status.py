@@ -10,7 +10,7 @@ from lbcore.catalog import builds
 from lbcore.records import Server, ServerModel
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.units import counted
-from lbio.totals import Totals
+from lbio.journal.totals import Totals
 
 
 def status(balancer: LoadBalancer, totals: Totals, now_ns: int) -> dict[str, Any]:

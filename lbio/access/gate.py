@@ -12,11 +12,11 @@ from urllib.parse import unquote
 from lbcore.ollama import PASS_THROUGH, find_route, shape_of
 from lbcore.requests import PIN_HEADER
 from lbcore.schema import SECOND_NS
+from lbio.access.keys import Key, Keyring, needed_right
+from lbio.access.named_models import UnreadableError, named_models
+from lbio.answers.local import LocalAnswer, error_answer, model_in_path
+from lbio.configuration.settings import Right
 from lbio.http1 import Framing, RequestHead
-from lbio.keys import Key, Keyring, needed_right
-from lbio.local import LocalAnswer, error_answer, model_in_path
-from lbio.named_models import UnreadableError, named_models
-from lbio.settings import Right
 
 _SCHEME = b"bearer"
 _PIN = PIN_HEADER.lower().encode()

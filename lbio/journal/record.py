@@ -22,7 +22,7 @@ from lbcore.balancer import LoadBalancer
 from lbcore.parsing import Problem
 from lbcore.snapshot import SnapshotError
 from lbcore.trace import Recorder
-from lbio.settings import RecordSettings
+from lbio.configuration.settings import RecordSettings
 
 _log = logging.getLogger("ollama_lb")
 

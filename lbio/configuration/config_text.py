@@ -13,8 +13,8 @@ from lbcore.config_routes import dump_routes
 from lbcore.ollama import PASS_THROUGH, ROUTES, Route
 from lbcore.parsing import quote, show
 from lbcore.schema import Field, Setting, describe_setting, fields_of, format_value, join, walk
-from lbio.addresses import parse_server_url
-from lbio.settings import NO_UPSTREAM, AppConfig, KeySettings
+from lbio.configuration.addresses import parse_server_url
+from lbio.configuration.settings import NO_UPSTREAM, AppConfig, KeySettings
 
 # --- what differs ------------------------------------------------------------------------------------------
 

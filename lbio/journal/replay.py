@@ -19,7 +19,7 @@ from lbcore.explain import Candidate, Choice, Explanation, UnknownRequestError, 
 from lbcore.states import Reliability
 from lbcore.trace import LogError
 from lbcore.units import counted
-from lbio.status import align
+from lbio.answers.status import align
 
 EXIT_SAME: Final = 0
 EXIT_DIFFERENT: Final = 1

@@ -1,7 +1,7 @@
 """What a configuration says of secrets: `[[keys]]`, `bearer` and `headers` of servers. Where they are, mostly.
 
-The secrets themselves are read at the start (`lbio.credentials`), so that a file can be read without them. No problem
-that is told repeats what may be one: people write keys where the name of a variable belongs.
+The secrets themselves are read at the start (`lbio.access.credentials`), so that a file can be read without them. No
+problem that is told repeats what may be one: people write keys where the name of a variable belongs.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from lbcore.config import ServerSettings
 from lbcore.parsing import ABSENT, Keys, Problem, RefusedError, choice_fix, nearest, parse_table, quote
 from lbcore.schema import fields_of, keys_of
-from lbio.headers import HOP_BY_HOP
-from lbio.keys import ALL_MODELS, TOKEN_PREFIX, parse_hash
-from lbio.settings import NO_UPSTREAM, KeySettings, Right, UpstreamSettings
+from lbio.access.keys import ALL_MODELS, TOKEN_PREFIX, parse_hash
+from lbio.configuration.settings import NO_UPSTREAM, KeySettings, Right, UpstreamSettings
+from lbio.wire.headers import HOP_BY_HOP
 
 KEYS_KEYS: Keys = (("", "keys"), *(("keys", name) for _, name in keys_of(KeySettings)))
 UPSTREAM_KEYS = frozenset(field.key for field in fields_of(UpstreamSettings))

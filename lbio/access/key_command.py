@@ -29,9 +29,9 @@ def new(name: str, models: tuple[str, ...], allow: tuple[str, ...], requests_per
     output: a hash, of which nobody can find the key.
     """
     from lbcore.parsing import Problem
-    from lbio.config_keys import parse_keys
-    from lbio.config_text import dump_key
-    from lbio.keys import new_hash, new_token
+    from lbio.access.keys import new_hash, new_token
+    from lbio.configuration.config_keys import parse_keys
+    from lbio.configuration.config_text import dump_key
 
     token = new_token()
     said = {"models": [part for text in models for part in text.split(",")], "allow": list(dict.fromkeys(allow)),

@@ -11,7 +11,7 @@ import anyio
 from anyio.abc import ByteStream
 
 from lbio.http1 import LAST_CHUNK, encode_chunk
-from lbio.sockets import send_while_taken
+from lbio.wire.sockets import send_while_taken
 
 WINDOW_BYTES = 256 << 10
 """How far the fastest server may be ahead of the slowest; what is held may be one read from the client more."""

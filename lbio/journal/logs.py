@@ -12,9 +12,9 @@ from typing import Any
 from lbcore.commands import Decision, RecordDecision
 from lbcore.decision_words import decision_words
 from lbcore.schema import MS_NS
+from lbio.configuration.settings import LogFormat, LogSettings
 from lbio.exchange import ClientRequest
-from lbio.late_writer import LateWriter
-from lbio.settings import LogFormat, LogSettings
+from lbio.journal.late_writer import LateWriter
 
 _log = logging.getLogger("ollama_lb")
 _WORD_CHARS_MAX = 200  # paths and names of models come from clients

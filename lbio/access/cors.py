@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from lbio.answers.local import LocalAnswer
 from lbio.http1 import HeaderPairs
-from lbio.local import LocalAnswer
 
 BUILT_IN = (
     *(

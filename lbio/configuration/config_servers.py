@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from lbcore.config import ServerSettings
 from lbcore.parsing import ABSENT, Keys, Problem, RefusedError, parse_table, quote
 from lbcore.schema import keys_of
-from lbio.addresses import Address, ServerUrl, is_same_place, parse_name, parse_server_url
-from lbio.config_keys import UPSTREAM_KEYS
-from lbio.settings import UpstreamSettings
-from lbio.tls import check_ca_file
+from lbio.configuration.addresses import Address, ServerUrl, is_same_place, parse_name, parse_server_url
+from lbio.configuration.config_keys import UPSTREAM_KEYS
+from lbio.configuration.settings import UpstreamSettings
+from lbio.wire.tls import check_ca_file
 
 _T = TypeVar("_T")
 

@@ -17,10 +17,10 @@ import anyio
 from lbcore.events import Reason
 from lbcore.ollama import Ending, error_body
 from lbcore.progress import LINE_BYTES_MAX, Progress
+from lbio.answers.local import JSON, LocalAnswer, error_answer, json_answer
 from lbio.client import ClientStream
 from lbio.exchange import ClientRequest
 from lbio.http1 import LAST_CHUNK, HeaderPairs, encode_chunk, serialize_response
-from lbio.local import JSON, LocalAnswer, error_answer, json_answer
 
 _SUBJECT = re.compile(rb'"digest":"[^"]*"|.*(?=,"servers":)')
 """What a line speaks of: of a client that reads slowly, only the last line about each waits."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lbio.configuration.settings import Forwarded
 from lbio.http1 import Framing, HeaderPairs, Headers, RequestHead, ResponseHead
-from lbio.settings import Forwarded
 
 HOP_BY_HOP = frozenset(
     {
@@ -27,7 +27,7 @@ _NOT_UPSTREAM_PLAIN = _NOT_UPSTREAM | {b"accept-encoding"}
 # Host is each server's own; Origin would be refused by an Ollama bound to loopback (design §7.13).
 _NOT_DOWNSTREAM = HOP_BY_HOP | {b"content-length"}
 _OURS = b"x-ollama-lb-"
-_SAID_HERE = (_OURS, b"access-control-")  # see lbio.cors
+_SAID_HERE = (_OURS, b"access-control-")  # see lbio.access.cors
 
 
 def end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes] | set[bytes]) -> Headers:

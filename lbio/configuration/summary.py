@@ -11,9 +11,9 @@ from lbcore.config import RouteSettings, ServerSettings, Strategy, Winner
 from lbcore.parsing import ABSENT, Problem, show
 from lbcore.schema import format_value, walk
 from lbcore.units import counted, format_duration, format_size
+from lbio.access.credentials import SecretsError, read_secrets
 from lbio.config_file import access_warnings, directory_warnings
-from lbio.credentials import SecretsError, read_secrets
-from lbio.settings import NO_UPSTREAM, AppConfig, KeySettings
+from lbio.configuration.settings import NO_UPSTREAM, AppConfig, KeySettings
 
 _EXACT_BITS = 64
 

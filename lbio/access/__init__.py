@@ -1,0 +1,1 @@
+"""Who may do what: keys, credentials for servers, the rules for web pages."""

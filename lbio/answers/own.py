@@ -1,0 +1,167 @@
+"""What is answered here and not by a server: asked in the order of one table, before the core hears of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import anyio
+
+from lbcore.config import Strategy
+from lbcore.ollama import BodyFacts, Route, find_route, shape_of
+from lbcore.requests import PIN_HEADER
+from lbio.access.gate import Gate
+from lbio.access.keys import Key
+from lbio.admin import Admin
+from lbio.answers import shows
+from lbio.answers.local import (
+    LISTS,
+    NEEDS_SERVERS,
+    LocalAnswer,
+    answer_list,
+    answer_route,
+    error_answer,
+    model_in_path,
+    preliminary_answer,
+)
+from lbio.answers.shows import Shows
+from lbio.driver import Driver
+from lbio.http1 import HeaderPairs, RequestHead
+from lbio.wire.bodies import read_facts
+from lbio.wire.headers import has_passed
+
+SERVER_HEADER = PIN_HEADER.encode()
+"""In which a client names servers, and an answer tells who gave it."""
+
+_PIN = SERVER_HEADER.lower()
+_LOOP = "this request has been here before: a server that it was sent to leads back to this load balancer"
+_SETTLE_S = 2.0
+"""How long a merged view waits for the first probes after the start."""
+_OUTDATED_S = 0.5
+"""How long it waits for those servers that have changed since they were last read."""
+
+
+@dataclass
+class Ask:
+    """What one client asks, as far as it can be told without asking anybody."""
+
+    head: RequestHead
+    body: bytes
+    peer: str
+    key: Key | None = None
+    show_key: shows.Key | None = None
+    """Under which the answer of a server to `/api/show` is kept."""
+
+    @cached_property
+    def route(self) -> Route:
+        """The route of the path."""
+        return find_route(self.head.path)
+
+    @cached_property
+    def facts(self) -> BodyFacts:
+        """What the body, or the path, says that decides where it goes."""
+        facts = read_facts(self.route, self.head.method, self.body, self.head.header(b"content-type") or b"")
+        model = model_in_path(self.route, self.head.path)
+        return facts if model is None else replace(facts, model=model)
+
+    @cached_property
+    def servers(self) -> tuple[str, ...]:
+        """The names of the servers that the client wants to be asked; () when it leaves that to us."""
+        value = (self.head.header(_PIN) or b"").decode(errors="replace")
+        return tuple(dict.fromkeys(name for part in value.split(",") if (name := part.strip())))
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the client names servers, or tries to."""
+        return self.head.header(_PIN) is not None
+
+
+class OwnAnswers:
+    """Gives the answers that need no server."""
+
+    def __init__(self, driver: Driver, admin: Admin, gate: Gate | None) -> None:
+        self._driver = driver
+        self._admin = admin
+        self._gate = gate
+        self.shows = Shows()
+        self._stages: Sequence[Callable[[Ask], Awaitable[LocalAnswer | None]]] = (
+            self._loop,
+            self._management,
+            self._settled_by_head,
+            self._forbidden_models,
+            self._lists_for_some,
+            self._view,
+            self._kept_show,
+        )
+
+    async def find(self, ask: Ask) -> LocalAnswer | None:
+        """Return the answer of the first stage that has one; None: a server is to give it."""
+        for stage in self._stages:
+            answer = await stage(ask)
+            if answer is not None:
+                return answer
+        return None
+
+    async def _loop(self, ask: Ask) -> LocalAnswer | None:
+        return error_answer(shape_of(ask.head.path), 508, _LOOP) if has_passed(ask.head, self._driver.via) else None
+
+    async def _management(self, ask: Ask) -> LocalAnswer | None:
+        if not self._admin.is_admin(ask.head.path):
+            return None
+        return await self._admin.answer(ask.head, ask.body, ask.peer, has_key=ask.key is not None)
+
+    async def _settled_by_head(self, ask: Ask) -> LocalAnswer | None:
+        return preliminary_answer(ask.head)
+
+    async def _forbidden_models(self, ask: Ask) -> LocalAnswer | None:
+        if self._gate is None or ask.key is None:
+            return None
+        refusal = self._gate.refuse_models(ask.key, ask.head, ask.body)
+        if refusal is not None:
+            self.tell(refusal, ask.head, ask.peer)
+        return refusal
+
+    def tell(self, refusal: LocalAnswer, head: RequestHead, peer: str) -> None:
+        """Log that somebody was not let in, or not further."""
+        now_ns = self._driver.clock()
+        if self._gate is not None and (words := self._gate.words(refusal, head, peer, now_ns)) is not None:
+            self._driver.log.warning(words)
+
+    async def _lists_for_some(self, ask: Ask) -> LocalAnswer | None:
+        """Answer lists for a key that is for some models, and so is shown no others."""
+        if ask.key is None or ask.key.models.is_all or ask.route.name not in LISTS:
+            return None
+        await self._settled()
+        fleet = self._driver.balancer.fleet
+        servers = [server for server in fleet if server.is_alive and (not ask.servers or server.name in ask.servers)]
+        if servers:
+            return answer_list(ask.route, servers, ask.key.models.may)
+        message = f"{PIN_HEADER}: no server of this name is alive" if ask.servers else fleet.nobody_there()
+        return error_answer(ask.route.shape, 502, message, retry_after_s=1)
+
+    async def _view(self, ask: Ask) -> LocalAnswer | None:
+        """Answer what is made of what is known of all servers; who names one gets that server's own."""
+        strategy = self._driver.balancer.config.route(ask.route.name).strategy
+        if ask.is_pinned or strategy not in {Strategy.LOCAL, Strategy.AGGREGATE}:
+            return None
+        if ask.route.name in NEEDS_SERVERS:
+            await self._settled()
+        return answer_route(ask.route, ask.head.path, self._driver.balancer.fleet)
+
+    async def _kept_show(self, ask: Ask) -> LocalAnswer | None:
+        if ask.route.name != "/api/show" or ask.is_pinned:
+            return None
+        ask.show_key = Shows.key(self._driver.balancer.fleet, ask.facts.model, ask.body)
+        shown = self.shows.get(ask.show_key) if ask.show_key is not None else None
+        if shown is None:
+            return None
+        ours: HeaderPairs = ((SERVER_HEADER, shown.server.encode()),)
+        return LocalAnswer(200, shown.content_type, shown.body, ours)
+
+    async def _settled(self) -> None:
+        """Give the first probes after the start a moment, so that they are not taken for an empty fleet."""
+        with anyio.move_on_after(_SETTLE_S):
+            await self._driver.wait_probed(lambda server: server.last_sync_ns is None and server.probe_failures == 0)
+        with anyio.move_on_after(_OUTDATED_S):  # who has just pulled a model wants to see it
+            await self._driver.wait_probed(lambda server: server.outdated and server.is_alive)

@@ -1,0 +1,1 @@
+"""Files, flags and tables into settings, and settings into words."""

@@ -1,0 +1,1 @@
+"""What is written down: the log, the record of events and its replay, totals."""

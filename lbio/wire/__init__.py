@@ -1,0 +1,1 @@
+"""What goes over connections: sockets, heads, bodies, streams."""
