@@ -23,6 +23,7 @@ from lbcore.events import Event
 from lbcore.fleet import Fleet
 from lbcore.ledger import Ledger
 from lbcore.placement import Placement
+from lbcore.provision import Provision
 from lbcore.records import Server
 from lbcore.requests import Requests
 from lbcore.timers import TimerKind, Timers
@@ -48,7 +49,10 @@ class LoadBalancer:
         self.fleet = Fleet(config, self.timers, self._out)
         self.ledger = Ledger(config, self.fleet, self.timers, self._out)
         self.placement = placement_type(config, self.fleet, rng)
-        self._requests = Requests(config, self.fleet, self.ledger, self.placement, self.timers, self._out)
+        self.provision = Provision(config, self.fleet, self.timers, self._out)
+        self._requests = Requests(
+            config, self.fleet, self.ledger, self.placement, self.provision, self.timers, self._out
+        )
         self._attempts = Attempts(config, self.fleet, self.ledger, self._requests, self.timers, self._out)
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             events.RequestArrived: self._requests.on_arrived,
@@ -62,6 +66,8 @@ class LoadBalancer:
             events.AttemptFailed: self._attempts.on_failed,
             events.ProbeCompleted: self._on_probe_completed,
             events.ModelsSynced: self._on_models_synced,
+            events.JobProgressed: self._on_job_progressed,
+            events.JobEnded: self._on_job_ended,
             events.ServerAdded: self._on_server_added,
             events.ServerRemovalRequested: self._on_server_removal_requested,
             events.SyncRequested: self._on_sync_requested,
@@ -72,6 +78,8 @@ class LoadBalancer:
             TimerKind.HEDGE: self._requests.on_hedge_timer,
             TimerKind.QUEUE: self._requests.on_queue_timer,
             TimerKind.PROBE: self._on_probe_timer,
+            TimerKind.JOB: self.provision.on_stalled,
+            TimerKind.REVIEW: lambda _owner, now_ns: self.provision.review(now_ns),
         }
 
     def __repr__(self) -> str:
@@ -153,12 +161,20 @@ class LoadBalancer:
         if not server.is_alive:
             self._requests.rescue_from(server, now_ns)
         self.ledger.room_made = True  # what waited for this probe waits no longer
+        self.provision.review(now_ns)
 
     def _on_models_synced(self, event: events.ModelsSynced, now_ns: int) -> None:
         server = self.fleet.on_models_synced(event, now_ns)
         if server is not None:
             self._attempts.look_at_loads(server, now_ns)
+            self.provision.review(now_ns)
         self.ledger.room_made = True
+
+    def _on_job_progressed(self, event: events.JobProgressed, now_ns: int) -> None:
+        self.ledger.late_events += not self.provision.on_progressed(event, now_ns)
+
+    def _on_job_ended(self, event: events.JobEnded, now_ns: int) -> None:
+        self.ledger.late_events += not self.provision.on_ended(event, now_ns)
 
     def _on_server_added(self, event: events.ServerAdded, now_ns: int) -> None:
         if self.fleet.by_name(event.settings.name) is None:
@@ -171,6 +187,7 @@ class LoadBalancer:
         if server is None:
             self.ledger.late_events += 1
             return
+        self.provision.cancel_on(server)
         self.fleet.drain(server)
         self.ledger.room_made = True
 

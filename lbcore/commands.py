@@ -83,6 +83,32 @@ class AbortRequest:
     message: str
 
 
+class Work(StrEnum):
+    """What placement wants of a server."""
+
+    PULL = "pull"
+    WARM = "warm"  # load it, or let it stay loaded, without end
+    DELETE = "delete"
+
+
+@dataclass(frozen=True, slots=True)
+class StartJob:
+    """Let a server pull, load or delete a model, by its name as declared; `runner_key` are the options to load with."""
+
+    job_id: int
+    server_id: int
+    work: Work
+    model: str
+    runner_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelJob:
+    """Close the job's connection; nothing more is wanted of it."""
+
+    job_id: int
+
+
 @dataclass(frozen=True, slots=True)
 class StartProbe:
     """Read a server's version, models and loaded models."""
@@ -129,6 +155,9 @@ class Decision(StrEnum):
     SERVER_DIED = "server-died"
     SERVER_DRAINING = "server-draining"
     SERVER_GONE = "server-gone"
+    JOB_STARTED = "job-started"
+    JOB_DONE = "job-done"
+    JOB_FAILED = "job-failed"
 
 
 class RecordDecision(NamedTuple):
@@ -157,6 +186,8 @@ Command = (
     | EndMerge
     | RejectRequest
     | AbortRequest
+    | StartJob
+    | CancelJob
     | StartProbe
     | CancelProbe
     | ForgetServer

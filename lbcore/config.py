@@ -211,10 +211,64 @@ class QueueSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """Where one model is to be (`[[models]]`)."""
+
+    name: str = setting(Kind.TEXT, "the model, as `ollama pull` names it")
+    copies: int | None = count(
+        "on how many servers it is to be on disk; left out: on all of `servers`, or on one if that is empty",
+        None,
+        low=1,
+        high=1024,
+    )
+    servers: tuple[str, ...] = setting(
+        Kind.TEXTS, "the names of the only servers that it is placed on; empty: any may be chosen", ()
+    )
+    warm: bool = setting(
+        Kind.FLAG, "keep it loaded wherever it is placed, so that nobody waits for a load", default=False
+    )
+    prune: bool = setting(
+        Kind.FLAG,
+        "delete it from servers that it is not placed on, once every copy is where it is to be; nothing is ever "
+        "deleted otherwise",
+        default=False,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementSettings:
+    """How models are brought to where they are declared to be (`[placement]`)."""
+
+    replace_after_ns: int = duration(
+        "how long the copies of a dead server still count, before others are pulled in their place: a restart is "
+        "not worth moving gigabytes",
+        900 * SECOND_NS,
+    )
+    retry_ns: int = duration(
+        "after a pull, load or deletion that failed, until it is tried again; doubles up to retry_max",
+        30 * SECOND_NS,
+        low=SECOND_NS,
+    )
+    retry_max_ns: int = duration("longest pause between two tries", 3600 * SECOND_NS, low=SECOND_NS)
+    stall_ns: int = duration(
+        "one that tells of no progress for so long is given up; checking a large download says nothing for minutes",
+        600 * SECOND_NS,
+        low=SECOND_NS,
+    )
+    warm_every_ns: int = duration(
+        "how often a model that is to stay loaded is asked to, since each client's request sets another end; "
+        "shorter than the servers' OLLAMA_KEEP_ALIVE",
+        120 * SECOND_NS,
+        low=SECOND_NS,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything the core needs to know; validated when it was parsed and not checked again."""
 
     servers: tuple[ServerSettings, ...] = ()
+    models: tuple[ModelSettings, ...] = ()
     routes: Mapping[str, RouteSettings] = field(default_factory=lambda: MappingProxyType({}))
     race: RaceSettings = section(
         "races and hedges: several servers get the request, the best stream is returned", RaceSettings
@@ -225,6 +279,9 @@ class Config:
     timeouts: TimeoutSettings = section("how long an attempt may take at each step", TimeoutSettings)
     retry: RetrySettings = section("retries before anything was sent to the client", RetrySettings)
     queue: QueueSettings = section("requests that wait for a server with room", QueueSettings)
+    placement: PlacementSettings = section(
+        "how models are brought to where [[models]] wants them", PlacementSettings
+    )
 
     def route(self, name: str) -> RouteSettings:
         """Return the settings of the route called `name` (a path of `lbcore.ollama.ROUTES`, or "*" for the rest)."""

@@ -19,6 +19,7 @@ CORE_ORDER: Order = (
     ("health.fastest", "health.value_max"),
     ("probe.interval_dead", "probe.interval_dead_max"),
     ("timeouts.first_token_warm", "timeouts.first_token_cold"),
+    ("placement.retry", "placement.retry_max"),
 )
 
 

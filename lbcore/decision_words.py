@@ -34,6 +34,9 @@ _WORDS: Mapping[Decision, Callable[[RecordDecision], str]] = {
     Decision.SERVER_DIED: lambda d: f"{d.server} is dead: {d.why}",
     Decision.SERVER_DRAINING: lambda d: f"{d.server} is being removed: {d.why}",
     Decision.SERVER_GONE: lambda d: f"{d.server} is removed",
+    Decision.JOB_STARTED: lambda d: f"{d.server} is to {d.before}: {d.why}",
+    Decision.JOB_DONE: lambda d: f"{d.server}: {d.before} done in {_ms(d)}",
+    Decision.JOB_FAILED: lambda d: f"{d.server}: {d.before} failed after {_ms(d)}: {d.why}",
     Decision.RELIABILITY: lambda d: f"{d.server} {d.before} -> {d.after}: {d.why}",
 }
 

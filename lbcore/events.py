@@ -37,6 +37,7 @@ class Reason(StrEnum):
     LOST_RACE = "lost the race"
     CLIENT_LEFT = "the client left"
     DRAINED = "shut down"
+    STALLED = "no progress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +179,22 @@ class DrainDeadlinePassed:
     """The balancer is shutting down and waits no longer for what is under way."""
 
 
+@dataclass(frozen=True, slots=True)
+class JobProgressed:
+    """A job goes on: to be told of now and then, so that it is not given up."""
+
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobEnded:
+    """A job has ended, well when there is no `reason`."""
+
+    job_id: int
+    reason: Reason | None = None
+    detail: str = ""
+
+
 Event = (
     RequestArrived
     | DownstreamClosed
@@ -189,6 +206,8 @@ Event = (
     | AttemptFailed
     | ProbeCompleted
     | ModelsSynced
+    | JobProgressed
+    | JobEnded
     | ServerAdded
     | ServerRemovalRequested
     | SyncRequested

@@ -284,6 +284,14 @@ class Fleet:
         self._changed()
         self.probe_now(server, now_ns)
 
+    def loaded(self, server: Server, model: str, took_ns: int) -> None:
+        """A server has loaded a model without a request for it, with the options that it has by default."""
+        record = server.model(model)
+        if not record.loaded:
+            record.loaded, record.runner_key = True, ""
+            record.load_ns = float(took_ns) if record.load_ns is None else (record.load_ns + took_ns) / 2
+            self._changed()
+
     def unloaded(self, server: Server, model: str, now_ns: int) -> None:
         """A server has dropped a model from memory."""
         record = server.model(model)

@@ -50,6 +50,7 @@ BLAME: Mapping[Reason, Blame] = {
     Reason.LOST_RACE: Blame.NONE,
     Reason.CLIENT_LEFT: Blame.NONE,
     Reason.DRAINED: Blame.NONE,
+    Reason.STALLED: Blame.NONE,
 }
 
 SETS_BACK = frozenset({reason for reason, blame in BLAME.items() if blame is not Blame.NONE} | {Reason.BUSY})

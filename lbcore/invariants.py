@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from lbcore import commands as cmd
 from lbcore.admission import RACE_BURST
@@ -31,6 +31,7 @@ def audit(balancer: LoadBalancer, now_ns: int) -> None:
         *_budgets(balancer),
         *_servers(balancer, deadlines, now_ns),
         *_catalog(balancer),
+        *_jobs(balancer, deadlines),
         *_orphans(balancer, deadlines),
     ]
     if problems:
@@ -111,6 +112,19 @@ def _attempts(balancer: LoadBalancer, deadlines: dict[tuple[TimerKind, int], int
             yield f"{attempt} lives on after its {request} has ended"
         if attempt.target is not None and attempt.server.models.get(request.model or "") is not attempt.target:
             yield f"{attempt} counts for a record of {request.model} that its server does not have any more"
+
+
+def _jobs(balancer: LoadBalancer, deadlines: dict[tuple[TimerKind, int], int]) -> Iterator[str]:
+    jobs = balancer.provision.jobs
+    for job_id, job in jobs.items():
+        if job.id != job_id or (TimerKind.JOB, job_id) not in deadlines:
+            yield f"{job.work} {job.model} on {job.server.name} is filed under {job_id}, or has no JOB timer"
+        if balancer.fleet.servers.get(job.server.id) is not job.server or job.server.state is ServerState.DRAINING:
+            yield f"{job.work} {job.model} goes on on {job.server.name}, which is gone, or is to go"
+    busy = Counter(job.server.name for job in jobs.values())
+    yield from (f"{n} jobs at once on {name}" for name, n in busy.items() if n > 1)
+    if (balancer.config.models != ()) != ((TimerKind.REVIEW, 0) in deadlines):
+        yield f"there are {len(balancer.config.models)} declared models, and the REVIEW timer does not fit that"
 
 
 # --- counts ------------------------------------------------------------------------------------------------
@@ -194,14 +208,14 @@ def _draining(server: Server, due: int | None) -> Iterator[str]:
 
 
 def _orphans(balancer: LoadBalancer, deadlines: dict[tuple[TimerKind, int], int]) -> Iterator[str]:
+    owners: dict[TimerKind, Container[int]] = {
+        TimerKind.ATTEMPT: balancer.ledger.attempts,
+        TimerKind.PROBE: balancer.fleet.servers,
+        TimerKind.JOB: balancer.provision.jobs,
+        TimerKind.REVIEW: (0,),
+    }
     for kind, owner in deadlines:
-        if kind is TimerKind.ATTEMPT:
-            known = owner in balancer.ledger.attempts
-        elif kind is TimerKind.PROBE:
-            known = owner in balancer.fleet.servers
-        else:
-            known = owner in balancer.ledger.requests
-        if not known:
+        if owner not in owners.get(kind, balancer.ledger.requests):
             yield f"a {kind.name} timer is armed for {owner}, which is gone"
 
 
@@ -217,6 +231,7 @@ class Auditor:
         self._balancer = balancer
         self._last_attempt_id = 0
         self._last_probe_id = 0
+        self._last_job_id = 0
         self._in_flight = 0
         self._live: dict[int, int] = {}  # request by attempt
         self._probes: dict[int, int] = {}  # probe by server
@@ -281,6 +296,14 @@ class Auditor:
                 return problem
             case cmd.RecordDecision():
                 return self._on_decision(command)
+            case cmd.StartJob(job_id, server_id):
+                known, self._last_job_id = self._last_job_id, job_id
+                server = self._balancer.fleet.servers.get(server_id)
+                if job_id <= known:
+                    return "the id was used before"
+                return "" if server is not None and server.is_alive else "the server is not alive"
+            case cmd.CancelJob(job_id):
+                return "" if job_id <= self._last_job_id else "there is no such job"
             case _:
                 return self._on_server(command)
 

@@ -34,6 +34,8 @@ EVENT_CODES: Mapping[type, str] = {
     events.AttemptFailed: "failed",
     events.ProbeCompleted: "probed",
     events.ModelsSynced: "synced",
+    events.JobProgressed: "job-goes-on",
+    events.JobEnded: "job-ended",
     events.ServerAdded: "server",
     events.ServerRemovalRequested: "remove",
     events.SyncRequested: "sync",
@@ -48,6 +50,8 @@ COMMAND_CODES: Mapping[type, str] = {
     commands.EndMerge: "merged",
     commands.RejectRequest: "reject",
     commands.AbortRequest: "abort",
+    commands.StartJob: "job",
+    commands.CancelJob: "unjob",
     commands.StartProbe: "probe",
     commands.CancelProbe: "unprobe",
     commands.ForgetServer: "forget",
@@ -163,7 +167,7 @@ class Lines:
             return ("synced", event.server_id, event.probe_id, *(() if known else listing))
         if isinstance(event, events.ServerAdded):
             return ("server", dataclasses.asdict(event.settings))
-        if isinstance(event, events.AttemptFailed | events.ProbeCompleted):
+        if isinstance(event, events.AttemptFailed | events.ProbeCompleted | events.JobEnded):
             event = dataclasses.replace(event, detail=cut_detail(event.reason, event.detail))
         code, get = _EVENT_FIELDS[type(event)]
         return (code, *get(event))
@@ -195,6 +199,6 @@ class Lines:
         event: Event = cls(*fields)
         if isinstance(event, events.RequestArrived):
             return dataclasses.replace(event, kind=RequestKind(event.kind), servers=tuple(event.servers))
-        if isinstance(event, events.AttemptFailed | events.ProbeCompleted) and event.reason is not None:
-            return dataclasses.replace(event, reason=Reason(event.reason))
+        if isinstance(event, events.AttemptFailed | events.ProbeCompleted | events.JobEnded):
+            return event if event.reason is None else dataclasses.replace(event, reason=Reason(event.reason))
         return event

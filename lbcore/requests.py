@@ -23,13 +23,14 @@ from lbcore.health import retry_after_s
 from lbcore.ledger import Ledger
 from lbcore.ollama import RequestKind, canonical_model, find_route
 from lbcore.placement import Placement, is_in_doubt
+from lbcore.provision import Provision
 from lbcore.records import Request, Server
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.states import RequestInput, RequestState, ServerState
 from lbcore.timers import TimerKind, Timers
 
 # Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
-_GENERATE, _UNLOAD = RequestKind.GENERATE, RequestKind.UNLOAD
+_GENERATE, _LOAD, _UNLOAD = RequestKind.GENERATE, RequestKind.LOAD, RequestKind.UNLOAD
 _PRIMARY, _RACER = AttemptKind.PRIMARY, AttemptKind.RACER
 _STARTED = Decision.STARTED
 _BROADCAST = Strategy.BROADCAST
@@ -56,12 +57,20 @@ class Requests:
     """Decides what becomes of requests. Owned by the balancer."""
 
     def __init__(
-        self, config: Config, fleet: Fleet, ledger: Ledger, placement: Placement, timers: Timers, out: list[Command]
+        self,
+        config: Config,
+        fleet: Fleet,
+        ledger: Ledger,
+        placement: Placement,
+        provision: Provision,
+        timers: Timers,
+        out: list[Command],
     ) -> None:
         self._config = config
         self._fleet = fleet
         self._ledger = ledger
         self._placement = placement
+        self._provision = provision
         self._timers = timers
         self._out = out
         self.stuck: dict[int, Request] = {}  # wait only for servers in doubt, and nobody else could be asked
@@ -86,6 +95,8 @@ class Requests:
             return True
         if request.event.servers:
             return self._start_pinned(request, now_ns)
+        if request.kind is _LOAD and self._start_loads(request, now_ns):
+            return True
         if request.route.strategy is _BROADCAST and self._start_merge(request, now_ns):
             return True
         holders = self._fleet.pool(request.model)
@@ -154,15 +165,30 @@ class Requests:
 
     def _start_merge(self, request: Request, now_ns: int) -> bool:
         """Ask all servers that are concerned; False when there is at most one, whose own answer will do."""
-        concerned = self._placement.concerned(request)
+        placed = self._placed(request, now_ns)
+        if placed is not None and len(placed) < 2:
+            self._start_placed(request, placed, now_ns)
+            return True
+        concerned = self._placement.concerned(request) if placed is None else placed
         if len(concerned) < 2:
             return False
         request.merged = True
         self._out.append(StartMerge(request.id, tuple([server.id for server in concerned])))
-        for server in concerned:
-            self._ledger.start(request, server, _PRIMARY, now_ns)
-        self._ledger.record(_STARTED, request, _BROADCAST, names=tuple([server.name for server in concerned]))
+        self._start_all(request, concerned, _BROADCAST, now_ns)
         return True
+
+    def _placed(self, request: Request, now_ns: int) -> list[Server] | None:
+        """Return the live servers that what is to be brought there is declared for; None when it is not declared."""
+        if request.event.servers or find_route(request.event.route).needs_model:
+            return None
+        return self._provision.placed(request.model, now_ns)
+
+    def _start_placed(self, request: Request, placed: Sequence[Server], now_ns: int) -> None:
+        if placed:
+            self._start_racing(request, placed, now_ns)
+            return
+        message = f"no server that '{request.event.model}' is placed on is alive ([[models]])"
+        self._reject(request, 502, message, now_ns, retry_after=self._retry_after_s())
 
     def settle_merge(self, request: Request, now_ns: int) -> None:
         """End a request of which all attempts have ended."""
@@ -247,13 +273,24 @@ class Requests:
             for s in self._fleet
             if s.is_alive and model in s.models and s.models[model].loaded and (not names or s.name in names)
         ]
-        for server in loaded:
-            self._ledger.start(request, server, _PRIMARY, now_ns)
-        if loaded:
-            self._ledger.record(
-                _STARTED, request, "unload wherever it is loaded", names=tuple(s.name for s in loaded)
-            )
+        self._start_all(request, loaded, "unload wherever it is loaded", now_ns)
         return bool(loaded)
+
+    def _start_loads(self, request: Request, now_ns: int) -> bool:
+        """Send a load to every server that the model is placed on; False when it is declared for none, or for one."""
+        model = request.model or ""
+        placed = [server for server in self._provision.placed(model, now_ns) or () if server.has(model)]
+        with_room = selection.with_room(placed, request)
+        if len(with_room) < 2:
+            return False
+        self._start_all(request, with_room, "load wherever it is placed", now_ns)
+        return True
+
+    def _start_all(self, request: Request, servers: Sequence[Server], why: str, now_ns: int) -> None:
+        for server in servers:
+            self._ledger.start(request, server, _PRIMARY, now_ns)
+        if servers:
+            self._ledger.record(_STARTED, request, why, names=tuple([server.name for server in servers]))
 
     def on_hedge_timer(self, request_id: int, now_ns: int) -> None:
         """No first token within the hedge delay: ask one more server."""

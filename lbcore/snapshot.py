@@ -20,7 +20,7 @@ from random import Random
 from types import MappingProxyType
 from typing import Any
 
-from lbcore import commands, config, events, ollama, records, states, timers
+from lbcore import commands, config, events, ollama, provision, records, states, timers
 from lbcore.admission import AdmissionQueue, RaceBudget, RetryBudget
 from lbcore.balancer import LoadBalancer
 from lbcore.errors import CoreError
@@ -35,6 +35,8 @@ class SnapshotError(CoreError):
 _VALUES: tuple[type, ...] = (
     config.Config,
     config.HealthSettings,
+    config.ModelSettings,
+    config.PlacementSettings,
     config.ProbeSettings,
     config.QueueSettings,
     config.RaceSettings,
@@ -44,6 +46,8 @@ _VALUES: tuple[type, ...] = (
     events.ActiveModel,
     events.ModelInfo,
     events.RequestArrived,
+    provision.Job,
+    provision.Setback,
     records.Failure,
 )
 """Frozen: one that is referred to twice may be written twice."""
@@ -65,6 +69,7 @@ _SHARED: tuple[type, ...] = (
 
 _ENUMS: tuple[type[Enum], ...] = (
     commands.AttemptKind,
+    commands.Work,
     config.Policy,
     config.Strategy,
     config.Winner,
@@ -80,7 +85,7 @@ _ENUMS: tuple[type[Enum], ...] = (
 CLASSES: Mapping[str, type] = {cls.__name__: cls for cls in (*_VALUES, *_SHARED, *_ENUMS)}
 """All that can stand in a snapshot beside the types of JSON, tuples, deques and generators."""
 
-_PARTS = ("timers", "fleet", "ledger", "placement", "_requests", "_attempts")
+_PARTS = ("timers", "fleet", "ledger", "placement", "provision", "_requests", "_attempts")
 """The parts of a balancer that hold state; a new balancer makes them anew, and they are filled."""
 
 _CACHES = frozenset({("Fleet", "_holders")})
@@ -90,6 +95,7 @@ _PLAIN = frozenset({type(None), bool, int, float, str})
 _REDACTED: Mapping[type, Callable[[Any], Any]] = {
     events.ActiveModel: lambda model: dataclasses.replace(model, entry=""),
     events.ModelInfo: lambda model: dataclasses.replace(model, digest="", modified_at="", entry=""),
+    provision.Setback: lambda setback: dataclasses.replace(setback, why=cut_text(setback.why)),
     records.Failure: lambda failure: dataclasses.replace(failure, detail=cut_detail(failure.reason, failure.detail)),
 }
 

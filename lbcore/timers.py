@@ -17,6 +17,8 @@ class TimerKind(IntEnum):
     MEASURE = 2
     QUEUE = 3
     PROBE = 4  # a server's next probe is due, or its probe under way takes too long
+    JOB = 5  # a pull, load or deletion that placement wants tells of no progress
+    REVIEW = 6  # of the placement of models; its owner is 0
 
 
 class Timers:

@@ -60,7 +60,8 @@ class Admin:
         return await carry_out(head, body)
 
     async def _status(self, head: RequestHead, _body: bytes) -> LocalAnswer:
-        told = status(self._driver.balancer, self._driver.totals, self._driver.clock())
+        shares = {job.id: job.share for job in self._driver.jobs.values()}
+        told = status(self._driver.balancer, self._driver.totals, self._driver.clock(), shares)
         if b"text/plain" in (head.header(b"accept") or b""):
             return LocalAnswer(200, TEXT, as_table(told).encode())
         return json_answer(200, told)

@@ -343,7 +343,7 @@ class AttemptRun:
         if status >= 400:
             route = self.exchange.request.route  # of a blob, 404 is the answer
             reason = reason_of(status, answer.held, passed_through=route is PASS_THROUGH or route.uploads)
-            self._fail(reason, _shortened(answer.held), status=status, answered=True)
+            self._fail(reason, shortened(answer.held), status=status, answered=True)
         elif verdict is not None:
             self._fail(verdict, "", status=status, answered=verdict is Reason.ERROR_LINE)
         elif not self._reported:
@@ -379,7 +379,7 @@ def _is_model_output(head: ResponseHead) -> bool:
     return (head.header(b"content-type") or b"").lower().startswith(_MODEL_OUTPUT)
 
 
-def _shortened(body: bytes | bytearray) -> str:
+def shortened(body: bytes | bytearray) -> str:
     """Return the words of an error body, for a log line."""
     match = re.search(rb'"(?:error|message)"\s*:\s*"((?:[^"\\]|\\.)*)', body[:4096])
     text = (match[1] if match is not None else bytes(body[:_DETAIL_CHARS_MAX])).decode(errors="replace")

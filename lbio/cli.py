@@ -13,6 +13,7 @@ import click
 
 from lbcore import __version__
 from lbio.access.key_command import key
+from lbio.models_command import models
 
 # ruff: noqa: PLC0415  # `--help` must not wait for what it does not need
 
@@ -88,6 +89,7 @@ def cli() -> None:
 
 
 cli.add_command(key)
+cli.add_command(models)
 
 
 # --- commands ----------------------------------------------------------------------------------------------
@@ -412,8 +414,8 @@ def _fleet_lines(servers: Sequence[FakeServer]) -> Iterable[str]:
     rows = [("SERVER", "URL", "MODELS")]
     rows += [(of.spec.name, of.url, ", ".join(model.name for model in of.spec.models)) for of in servers]
     name_width, url_width = (max(len(row[column]) for row in rows) for column in (0, 1))
-    for name, url, models in rows:
-        yield f"{name.ljust(name_width)}  {url.ljust(url_width)}  {models}"
+    for name, url, has in rows:
+        yield f"{name.ljust(name_width)}  {url.ljust(url_width)}  {has}"
     first = servers[0]
     model = first.spec.models[0].name if first.spec.models else "llama3.2"
     body = f'{{"model":"{model}","messages":[{{"role":"user","content":"hello"}}]}}'

@@ -16,6 +16,7 @@ from lbcore.balancer import LoadBalancer
 from lbcore.commands import (
     AbortRequest,
     CancelAttempt,
+    CancelJob,
     CancelProbe,
     Command,
     CommitAttempt,
@@ -25,6 +26,7 @@ from lbcore.commands import (
     RecordDecision,
     RejectRequest,
     StartAttempt,
+    StartJob,
     StartMerge,
     StartProbe,
 )
@@ -38,6 +40,7 @@ from lbio.answers.status import different_builds
 from lbio.attempt import AttemptRun
 from lbio.configuration.settings import AppConfig
 from lbio.exchange import ClientRequest, Exchange
+from lbio.job import JobRun
 from lbio.journal.logs import Log
 from lbio.journal.totals import Totals
 from lbio.prober import Probe
@@ -74,6 +77,7 @@ class Driver:
         self._exchanges: dict[int, Exchange] = {}
         self._runs: dict[int, AttemptRun] = {}
         self._probes: dict[int, Probe] = {}
+        self.jobs: dict[int, JobRun] = {}
         self._endpoints: dict[int, Endpoint] = {}
         self._probe_ended = anyio.Event()
         self._all_answered = anyio.Event()
@@ -89,6 +93,8 @@ class Driver:
             EndMerge: self._end_merge,
             RejectRequest: self._reject_request,
             AbortRequest: self._abort_request,
+            StartJob: self._start_job,
+            CancelJob: self._cancel_job,
             StartProbe: self._start_probe,
             CancelProbe: self._cancel_probe,
             ForgetServer: self._forget_server,
@@ -285,6 +291,21 @@ class Driver:
         probe = self._probes.pop(command.probe_id, None)
         if probe is not None:
             probe.cancel()
+
+    def _start_job(self, command: StartJob) -> None:
+        job = self.jobs[command.job_id] = JobRun(command, self._endpoint(command.server_id), self, self.via)
+        self.tasks.start_soon(self._run_job, job)
+
+    async def _run_job(self, job: JobRun) -> None:
+        try:
+            await job.run(self.log.defect)
+        finally:
+            self.jobs.pop(job.id, None)
+
+    def _cancel_job(self, command: CancelJob) -> None:
+        job = self.jobs.pop(command.job_id, None)
+        if job is not None:
+            job.cancel()
 
     def _forget_server(self, command: ForgetServer) -> None:
         endpoint = self._endpoints.pop(command.server_id, None)

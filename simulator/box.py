@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from lbcore.events import ActiveModel, ModelInfo, Reason
@@ -15,7 +16,7 @@ from simulator.fake_ollama import FakeOllama, Notice, Refused, Started, Token
 from simulator.fakes.api import BUSY, RUNNER_GONE
 from simulator.fakes.jobs import Crashed, Job
 from simulator.fakes.listings import digest
-from simulator.fakes.specs import NS_PER_S, FakeModel, FakeSpec, runner_options
+from simulator.fakes.specs import NS_PER_S, FakeModel, FakeSpec, model_key, runner_options
 from simulator.faults import Effect, FaultKind, active, next_change_ns
 from simulator.kernel import Kernel
 from simulator.network import Wire
@@ -119,6 +120,40 @@ class Box:
         if visitor.attempt_id in self._visitors:
             self._forget(visitor.attempt_id, self._kernel.now_ns)
 
+    # --- what placement does ---------------------------------------------------------------------------------
+
+    def replaces(self, *, generates: bool) -> FaultKind | None:
+        """Return the fault that a request meets instead of its answer, if any."""
+        return self._effect.replaces(generates=generates)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether what uses a model gets no answer."""
+        return self._effect.replaces(generates=True) in _HANGS
+
+    def stay(self, visitor: Visitor) -> None:
+        """Take in somebody who uses no model, until he leaves or the server dies."""
+        self._visitors[visitor.attempt_id] = visitor
+
+    def knows(self, visitor: Visitor) -> bool:
+        """Whether it is still there."""
+        return self._visitors.get(visitor.attempt_id) is visitor
+
+    def admit(self, visitor: Visitor, job: Job) -> None:
+        """Take in somebody who needs a model for nothing but that it is loaded."""
+        self.stay(visitor)
+        self._take(self.fake.submit(job, self._kernel.now_ns))
+        self._plan_wake()
+
+    def put(self, model: FakeModel) -> None:
+        """Put a model on the disk."""
+        self.fake.disk[model_key(model.name)] = model
+
+    def delete(self, name: str) -> None:
+        """Delete a model, if it is there."""
+        self._take(self.fake.delete(name, self._kernel.now_ns) or [])
+        self._plan_wake()
+
     def probe_failure(self) -> Reason | None:
         """Return how a probe that is here now fails, or None. A server that hangs lets it wait: see `hangs_probes`."""
         if not self.is_up:
@@ -205,7 +240,9 @@ class Box:
                 visitor.on_failed(now_ns, Reason.RESET, 0, "", answered=False)
         self._visitors.clear()
         self._hung.clear()
-        self.fake = FakeOllama(self.spec, now_ns)
+        disk = self.fake.disk
+        loaded = tuple(name for name in self.spec.start_loaded if model_key(name) in disk)
+        self.fake = FakeOllama(replace(self.spec, models=tuple(disk.values()), start_loaded=loaded), now_ns)
         self._load_began_ns.clear()
 
     # --- attempts --------------------------------------------------------------------------------------------
@@ -218,7 +255,7 @@ class Box:
         model = self.fake.find(visitor.ask.model)
         if kind is not None:
             self._forget(visitor.attempt_id, now_ns)
-            reason, status, detail = _INSTEAD[kind]
+            reason, status, detail = INSTEAD[kind]
             visitor.on_failed(now_ns, reason, status, detail, answered=status > 0)
         elif model is None:
             self._forget(visitor.attempt_id, now_ns)
@@ -370,7 +407,7 @@ class Box:
         return not bad and not self.wire.is_cut(now_ns)
 
 
-_INSTEAD: dict[FaultKind, tuple[Reason, int, str]] = {
+INSTEAD: dict[FaultKind, tuple[Reason, int, str]] = {
     FaultKind.RESET: (Reason.RESET, 0, ""),
     FaultKind.GARBAGE: (Reason.GARBAGE, 0, ""),
     FaultKind.ERROR_500: (Reason.SERVER_ERROR, 500, RUNNER_GONE),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lbcore.balancer import LoadBalancer
-from lbcore.commands import Command
+from lbcore.commands import Command, Work
 from lbcore.config import Config
 from lbcore.errors import InvariantError
 from lbcore.events import Event
 from lbcore.invariants import Auditor
+from lbcore.provision import Step
 from lbcore.schema import SECOND_NS
+from simulator.box import Box
 from simulator.promises import Promises
 from simulator.reports.results import Outcome, RunResult
 from simulator.world import World
@@ -53,8 +55,20 @@ def is_settled(world: World) -> bool:
         world.is_over
         and not balancer.ledger.attempts
         and all(server.is_alive for server in balancer.fleet)
-        and all(box.is_idle for box in world.boxes.values())
+        and not _overworked(world)
+        and not _misplaced(world)
     )
+
+
+def _overworked(world: World) -> list[Box]:
+    """Return the servers that work though nobody has asked them to, neither a client nor placement."""
+    asked = {job.server.name for job in world.balancer.provision.jobs.values()}
+    return [box for name, box in world.boxes.items() if not box.is_idle and name not in asked]
+
+
+def _misplaced(world: World) -> list[Step]:
+    """Return what placement has still to do; to keep a model loaded it may have for ever, where memory is short."""
+    return [step for step in world.balancer.provision.wanted(world.now_ns) if step.work is not Work.WARM]
 
 
 def check_liveness(world: World, settle_ns: int) -> list[str]:
@@ -72,8 +86,8 @@ def check_liveness(world: World, settle_ns: int) -> list[str]:
     if not unfinished and ledger.attempts:
         problems.append(f"{after}, attempts live whose requests are over: {list(ledger.attempts.values())[:10]}")
     elif not unfinished:
-        busy = [box for box in world.boxes.values() if not box.is_idle]
-        problems += [f"{after}, {box} still works, for nobody" for box in busy]
+        problems += [f"{after}, {box} still works, for nobody" for box in _overworked(world)]
+    problems += [f"{after}, {s.server.name} is still to {s.work} {s.model}: {s.why}" for s in _misplaced(world)]
     return problems
 
 

@@ -71,6 +71,7 @@ class Promises:
         self._paused_ns = sum(until_ns - from_ns for from_ns, until_ns in pauses)
         self._balancer: LoadBalancer
         self._server_names: dict[int, str] = {}
+        self._moving = frozenset(canonical_model(model.name) for model in config.models)
         self._holders: dict[str, frozenset[str]] = {}  # model -> names of the servers that really have it
         self._calls: dict[int, Call] = {}  # not over
         self._waiting: dict[int, Call] = {}
@@ -386,6 +387,8 @@ class Promises:
         return problems
 
     def _really_have(self, model: str) -> frozenset[str]:
+        if model in self._moving:  # all that can be known of it is what was read last
+            return frozenset(server.name for server in self._balancer.fleet if server.has(model))
         holders = self._holders.get(model)
         if holders is None:
             names = (name for name, box in self._boxes.items() if box.fake.find(model) is not None)

@@ -14,6 +14,7 @@ from typing import Any
 
 from lbcore.balancer import LoadBalancer
 from lbcore.config import Config, ServerSettings
+from lbcore.config_models import MODEL_KEYS, parse_models
 from lbcore.config_order import CORE_ORDER, check_order
 from lbcore.config_routes import ROUTE_KEYS, parse_routes
 from lbcore.parsing import ABSENT, Keys, Problem, parse_table, quote
@@ -157,11 +158,12 @@ def _bands(scenario: Scenario) -> list[Band]:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 _CORE_TABLES = tuple(f.key for f in fields_of(Config))
-_OWN_PARSERS = frozenset({"fleet", "workload", "fault", "expect", "routes"})
+_OWN_PARSERS = frozenset({"fleet", "workload", "fault", "expect", "models", "routes"})
 _KEYS: Keys = (
     *keys_of(ScenarioTable),
     *keys_of(Config),
     *ROUTE_KEYS,
+    *MODEL_KEYS,
     *(("", name) for name in ("fleet", "workload", "fault", "expect")),
 )
 
@@ -182,6 +184,7 @@ def parse_scenario(
     duration_ns = table.duration_ns if table is not None else None
     specs = _parse_specs(raw, problems, duration_ns)
     names = [spec.name for spec in specs]
+    models = parse_models(raw.get("models", []), names, problems, _KEYS)
     faults = parse_faults(raw.get("fault", []), names, duration_ns, problems)
     if "workload" not in raw:
         problems.append(Problem("workload", ABSENT, "no client asks for anything", "write a [workload] table"))
@@ -198,7 +201,7 @@ def parse_scenario(
     return Scenario(
         name=name,
         about=table.about,
-        config=replace(core, servers=servers, routes=routes),
+        config=replace(core, servers=servers, models=models, routes=routes),
         specs=tuple(replace(spec, faults=(*spec.faults, *faults.servers[spec.name])) for spec in specs),
         workload=workload,
         duration_ns=table.duration_ns,

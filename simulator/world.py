@@ -15,6 +15,7 @@ from lbcore.balancer import LoadBalancer
 from lbcore.commands import (
     AbortRequest,
     CancelAttempt,
+    CancelJob,
     CancelProbe,
     Command,
     CommitAttempt,
@@ -25,6 +26,7 @@ from lbcore.commands import (
     RecordDecision,
     RejectRequest,
     StartAttempt,
+    StartJob,
     StartMerge,
     StartProbe,
 )
@@ -34,6 +36,7 @@ from lbcore.events import (
     AttemptFailed,
     DownstreamClosed,
     Event,
+    JobEnded,
     ModelInfo,
     ModelsSynced,
     ProbeCompleted,
@@ -45,6 +48,7 @@ from lbcore.ollama import RequestKind, runner_key
 from lbcore.timers import TimerKind
 from simulator.attempt import AttemptRun
 from simulator.box import Box
+from simulator.job import JobRun
 from simulator.kernel import Kernel
 from simulator.reports.results import AttemptResult, HealthPoint, Outcome, RequestResult, RunResult
 from simulator.reports.summary import gap_bin
@@ -95,6 +99,7 @@ class World:
         self._runs: dict[int, AttemptRun] = {}
         self._call_of: dict[int, Call] = {}  # by attempt id
         self._probes: dict[int, int] = {}  # probe id -> server id
+        self._jobs: dict[int, JobRun] = {}
         self._timer_ns: int | None = None
         self._balancer: LoadBalancer  # given by `begin`, since it may need to ask this world
         self._execute: Mapping[type, Callable[[Any], None]] = {
@@ -106,6 +111,8 @@ class World:
             EndMerge: lambda _command: None,
             RejectRequest: self._reject_request,
             AbortRequest: self._abort_request,
+            StartJob: self._start_job,
+            CancelJob: self._cancel_job,
             StartProbe: self._start_probe,
             CancelProbe: self._cancel_probe,
             ForgetServer: lambda _command: None,
@@ -138,6 +145,8 @@ class World:
         call = self._call_of.get(attempt_id) if attempt_id is not None else None
         if call is not None and len(call.runs) > 1:
             self._sync(call.runs.values())
+        if isinstance(event, JobEnded):
+            self._jobs.pop(event.job_id, None)
         self._carry_out(event, self._balancer.handle(event, now_ns), now_ns)
         if call is not None and isinstance(event, StreamEnded | AttemptFailed):
             self._on_attempt_over(call, event)
@@ -348,6 +357,16 @@ class World:
         if models is not None:
             self.dispatch(ModelsSynced(server_id, probe_id, *models))
 
+    def _start_job(self, command: StartJob) -> None:
+        box = self.boxes[self._balancer.fleet.servers[command.server_id].name]
+        job = self._jobs[command.job_id] = JobRun(command, box, self, self._kernel)
+        job.start()
+
+    def _cancel_job(self, command: CancelJob) -> None:
+        job = self._jobs.pop(command.job_id, None)
+        if job is not None:
+            job.cancel()
+
     def _cancel_probe(self, command: CancelProbe) -> None:
         self._probes.pop(command.probe_id, None)
 
@@ -369,6 +388,11 @@ class World:
     def open_calls(self) -> Sequence[Call]:
         """The requests under way."""
         return tuple(self._calls.values())
+
+    @property
+    def now_ns(self) -> int:
+        """The moment."""
+        return self._kernel.now_ns
 
     @property
     def balancer(self) -> LoadBalancer:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from lbcore.balancer import LoadBalancer
 from lbcore.catalog import builds
+from lbcore.provision import Place
 from lbcore.records import Server, ServerModel
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.units import counted
 from lbio.journal.totals import Totals
 
 
-def status(balancer: LoadBalancer, totals: Totals, now_ns: int) -> dict[str, Any]:
+def status(
+    balancer: LoadBalancer, totals: Totals, now_ns: int, shares: Mapping[int, float | None] = MappingProxyType({})
+) -> dict[str, Any]:
     """Return the state of the fleet, what is under way now, and what has come of requests since the start.
 
-    Times are seconds, or milliseconds where the name says so.
+    Times are seconds, or milliseconds where the name says so. `shares` tells how far each job has come, 0 to 1.
     """
     ledger = balancer.ledger
     return {
         "servers": [server_status(server, now_ns) for server in balancer.fleet],
+        "models": [_placed_model(place, balancer, shares, now_ns) for place in balancer.provision.places(now_ns)],
         "warnings": different_builds(balancer.fleet),
         "requests": len(ledger.requests),
         "queued": len(ledger.queue),
@@ -63,6 +68,38 @@ def server_status(server: Server, now_ns: int) -> dict[str, Any]:
     }
 
 
+def _placed_model(
+    place: Place, balancer: LoadBalancer, shares: Mapping[int, float | None], now_ns: int
+) -> dict[str, Any]:
+    """Return where a declared model is, and is to be; what is under way for it, and what waits to be tried again."""
+    provision, servers = balancer.provision, balancer.fleet.servers
+    jobs = [job for job in provision.jobs.values() if job.model == place.model]
+    setbacks = [
+        (servers[server_id].name, work, setback)
+        for (server_id, model, work), setback in provision.setbacks.items()
+        if model == place.model and server_id in servers and setback.again_ns > now_ns
+    ]
+    return {
+        "name": place.settings.name,
+        "copies": place.copies,
+        "servers": list(place.servers),
+        "on_disk": list(place.on_disk),
+        "loaded": list(place.loaded),
+        "warm": place.settings.warm,
+        "prune": place.settings.prune,
+        "under_way": [
+            {"server": job.server.name, "work": job.work, "s": _s_ago(job.started_ns, now_ns),
+             "done": shares.get(job.id)}
+            for job in jobs
+        ],
+        "waiting": [
+            {"server": name, "work": work, "why": setback.why, "times": setback.times,
+             "again_in_s": round((setback.again_ns - now_ns) / SECOND_NS, 1)}
+            for name, work, setback in setbacks
+        ],
+    }  # fmt: skip
+
+
 def _model(record: ServerModel) -> dict[str, Any]:
     return {
         "on_disk": record.available is not None,
@@ -101,7 +138,30 @@ def as_table(told: dict[str, Any]) -> str:
         f"{counted(told['attempts'], 'attempt')} ({counted(told['retries'], 'retry')})"
     )
     warnings = "".join(f"warning: {text}\n" for text in told["warnings"])
-    return f"{lines}\n\n{now}\n{_since_start(told['since_start'])}\n{warnings}"
+    models = f"\n{models_table(told['models'])}\n" if told["models"] else ""
+    return f"{lines}\n{models}\n{now}\n{_since_start(told['since_start'])}\n{warnings}"
+
+
+MODEL_COLUMNS = ("MODEL", "COPIES", "PLACED ON", "ON DISK", "LOADED", "UNDER WAY")
+
+
+def models_table(models: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line for each declared model: where it is to be, where it is, and what is being done."""
+    return align([MODEL_COLUMNS, *map(_models_row, models)])
+
+
+def _models_row(model: Mapping[str, Any]) -> tuple[str, ...]:
+    there = [name for name in model["servers"] if name in model["on_disk"]]
+    doing = [_doing(job) for job in model["under_way"]]
+    doing += [f"{w['work']} on {w['server']} again in {w['again_in_s']:.0f} s: {w['why']}"
+              for w in model["waiting"] if w["server"] not in model["on_disk"] or w["work"] != "pull"]
+    names = (", ".join(model[key]) or "-" for key in ("servers", "on_disk", "loaded"))
+    return model["name"], f"{len(there)} of {model['copies']}", *names, "; ".join(doing) or "-"
+
+
+def _doing(job: Mapping[str, Any]) -> str:
+    done = "" if job["done"] is None else f" {100 * job['done']:.0f} %"
+    return f"{job['work']} on {job['server']}{done} ({job['s']:.0f} s)"
 
 
 def _since_start(told: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import tomli_w
 
-from lbcore.config import ServerSettings
+from lbcore.config import ModelSettings, ServerSettings
 from lbcore.config_routes import dump_routes
 from lbcore.ollama import PASS_THROUGH, ROUTES, Route
 from lbcore.parsing import quote, show
@@ -35,6 +35,7 @@ def dump(app: AppConfig) -> str:
         tomli_w.dumps(scalars),
         *map(dump_key, app.keys),
         *(_short_block("servers", _dump_server(server, app)) + "\n" for server in app.core.servers),
+        *(_short_block("models", _differing(model, ModelSettings(name=""))) + "\n" for model in app.core.models),
         tomli_w.dumps({key: value for key, value in tables.items() if value}),
     ]
     return "\n".join(text for text in texts if text)
@@ -82,6 +83,11 @@ _KEYS_HEAD = """\
 The keys of clients; one [[keys]] each. Without any, whoever reaches this address may do everything. \
 `ollama-lb key new NAME` makes one, and prints what to write here.
 """
+EXAMPLE_MODEL = ModelSettings(name="llama3.2")
+_MODELS_HEAD = """\
+The models that are to be on the servers; one [[models]] each. What is missing is pulled; models that stand nowhere \
+here are left alone. `ollama-lb models plan FILE` tells what would be done, and does nothing.
+"""
 _ROUTES_HEAD = """\
 How each route is forwarded; what is not listed here, "*" decides.
 
@@ -99,7 +105,8 @@ def document(app: AppConfig | None = None) -> str:
     app = AppConfig() if app is None else app
     servers = app.core.servers or EXAMPLE_SERVERS
     blocks = [_comment(_HEAD), *_settings_blocks(app), _rule(_KEYS_HEAD), *_keys_blocks(app)]
-    blocks += [_rule(_SERVERS_HEAD), *_server_blocks(servers, app), _rule(_ROUTES_HEAD), _routes_block(app)]
+    blocks += [_rule(_SERVERS_HEAD), *_server_blocks(servers, app), _rule(_MODELS_HEAD), *_models_blocks(app)]
+    blocks += [_rule(_ROUTES_HEAD), _routes_block(app)]
     for part in (app.core, app):
         for field in fields_of(type(part)):
             if field.section is not None:
@@ -164,10 +171,20 @@ def _server_blocks(servers: tuple[ServerSettings, ...], app: AppConfig) -> Itera
 
 def _keys_blocks(app: AppConfig) -> Iterator[str]:
     """Yield every key of `[[keys]]` explained, in comments: one that stands there would lock everybody else out."""
-    example = "\n\n".join(("[[keys]]", *_settings_blocks(EXAMPLE_KEY)))
-    lines = [line if line.startswith("#") or not line else f"# {line}" for line in example.split("\n")]
-    yield "\n".join(lines)
+    yield _commented("keys", EXAMPLE_KEY)
     yield from map(dump_key, app.keys)
+
+
+def _models_blocks(app: AppConfig) -> Iterator[str]:
+    """Yield every key of `[[models]]` explained, in comments: one that stands there would be pulled."""
+    yield _commented("models", EXAMPLE_MODEL)
+    for model in app.core.models:
+        yield _short_block("models", _differing(model, ModelSettings(name="")))
+
+
+def _commented(table: str, example: Any) -> str:
+    text = "\n\n".join((f"[[{table}]]", *_settings_blocks(example)))
+    return "\n".join(line if line.startswith("#") or not line else f"# {line}" for line in text.split("\n"))
 
 
 def _short_block(table: str, values: Mapping[str, Any]) -> str:

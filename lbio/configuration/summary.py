@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lbcore.config import RouteSettings, ServerSettings, Strategy, Winner
+from lbcore.config import ModelSettings, RouteSettings, ServerSettings, Strategy, Winner
 from lbcore.parsing import ABSENT, Problem, show
 from lbcore.schema import format_value, walk
 from lbcore.units import counted, format_duration, format_size
@@ -40,6 +40,10 @@ def summary_lines(app: AppConfig) -> Iterator[str]:
         yield ""
         yield "keys"
         yield from _columns([_key_row(key) for key in app.keys])
+    if app.core.models:
+        yield ""
+        yield "models"
+        yield from _columns([_model_row(model) for model in app.core.models])
     yield ""
     yield "routes"
     measure = format_duration(app.core.race.measure_ns)
@@ -66,6 +70,13 @@ def _key_row(key: KeySettings) -> tuple[str, ...]:
     per_minute = key.requests_per_minute
     limit = "" if per_minute is None else f"{counted(per_minute, 'request')} a minute"
     return key.name, f"may {' and '.join(key.allow)}", f"models {', '.join(key.models)}", limit
+
+
+def _model_row(model: ModelSettings) -> tuple[str, ...]:
+    copies = model.copies or len(model.servers) or 1
+    where = f" of {', '.join(model.servers)}" if model.servers else ""
+    extra = [text for text, holds in (("kept loaded", model.warm), ("pruned elsewhere", model.prune)) if holds]
+    return model.name, f"on {counted(copies, 'server')}{where}", ", ".join(extra)
 
 
 def _fake_row(table: Mapping[str, Any]) -> tuple[str, ...]:
@@ -115,6 +126,7 @@ def summary_object(app: AppConfig) -> dict[str, Any]:
         "servers": [_server_object(server, app) for server in app.core.servers],
         "keys": [_key_object(key) for key in app.keys],
         "fleet": [str(table.get("name")) for table in app.fleet],
+        "models": [dataclasses.asdict(model) for model in app.core.models],
         "routes": {name: dataclasses.asdict(route) for name, route in app.core.routes.items()},
     }
 

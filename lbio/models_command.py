@@ -1,0 +1,88 @@
+"""`ollama-lb models …`: where declared models are, and what would be done. Only click is imported up here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+# ruff: noqa: PLC0415  # `--help` must not wait for what it does not need
+
+if TYPE_CHECKING:
+    from lbcore.balancer import LoadBalancer
+    from lbcore.provision import Provision
+    from lbio.configuration.settings import AppConfig
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_CONFIG = 2
+
+
+@click.group(epilog="\b\nExample:\n  ollama-lb models plan my.toml")
+def models() -> None:
+    """Tell where the models of [[models]] are, and what is to be done."""
+
+
+@models.command(epilog="\b\nExample:\n  ollama-lb models plan my.toml")
+@click.argument("config", metavar="CONFIG")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def plan(config: str, *, as_json: bool) -> int:
+    """Read the servers of CONFIG, and tell what `run` would do to bring its [[models]] to where they are to be.
+
+    Nothing is done. Exits with 1 when no server can be read, with 2 when something is wrong with CONFIG.
+    """
+    from lbio.config_file import ConfigError, config_path, load
+
+    try:
+        app = load(config_path(config))
+    except ConfigError as error:
+        for problem in error.problems:
+            click.echo(str(problem), err=True)
+        return EXIT_CONFIG
+    from lbio.plan import read_fleet
+
+    balancer, provision = read_fleet(app)
+    told = _object(app, balancer, provision)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(told, ensure_ascii=False))
+    else:
+        click.echo("\n".join(_lines(told)))
+    return EXIT_OK if any(server.is_alive for server in balancer.fleet) else EXIT_FAILED
+
+
+def _object(app: AppConfig, balancer: LoadBalancer, provision: Provision) -> dict[str, Any]:
+    warm = {model.name for model in app.core.models if model.warm}
+    places = {place.model: place for place in provision.places(0)}
+    return {
+        "models": [
+            {"name": place.settings.name, "copies": place.copies, "servers": place.servers,
+             "on_disk": place.on_disk, "loaded": place.loaded}
+            for place in places.values()
+        ],
+        "steps": [
+            {"work": step.work, "model": (name := places[step.model].settings.name), "server": step.server.name,
+             "why": step.why, "then_warm": step.work == "pull" and name in warm}
+            for step in provision.wanted(0)
+        ],
+        "unread": {server.name: server.last_error for server in balancer.fleet if not server.is_alive},
+    }  # fmt: skip
+
+
+def _lines(told: dict[str, Any]) -> list[str]:
+    from lbio.answers.status import align
+
+    if not told["models"]:
+        return ["no [[models]]: nothing is ever pulled, loaded or deleted"]
+    rows = [("MODEL", "COPIES", "PLACED ON", "ON DISK", "LOADED")]
+    for model in told["models"]:
+        there = sum(name in model["on_disk"] for name in model["servers"])
+        names = (", ".join(model[key]) or "-" for key in ("servers", "on_disk", "loaded"))
+        rows.append((model["name"], f"{there} of {model['copies']}", *names))
+    lines = [align(rows), ""]
+    lines += [f"cannot be read: {name}: {why}" for name, why in told["unread"].items()]
+    for step in told["steps"]:
+        then = ", then keep it loaded" if step["then_warm"] else ""
+        lines.append(f"would {step['work']} {step['model']} on {step['server']}{then}: {step['why']}")
+    return lines if told["steps"] else [*lines, "nothing to do"]
