@@ -74,6 +74,7 @@ class Recorder(LoadBalancer):
         self.fleet = balancer.fleet
         self.ledger = balancer.ledger
         self.placement = balancer.placement
+        self.provision = balancer.provision
         self.balancer = balancer
         self._write = write
         self._seed = seed

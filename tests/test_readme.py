@@ -44,6 +44,7 @@ ONE_AFTER_ANOTHER = [
     "ollama-lb check my.toml",
 ]
 KEY = "ollama-lb key new alice --models llama3.2 --models 'qwen3:*' --requests-per-minute 60 >> my.toml"
+PLAN = "ollama-lb models plan my.toml"
 FLEET = "ollama-lb fleet configs/demo.toml"
 ALL_SCENARIOS = "ollama-lb simulate configs/scenarios"  # tests/simulator/test_scenarios.py runs each of them
 SIMULATED = [command for command in COMMANDS if command.startswith("ollama-lb simulate") and command != ALL_SCENARIOS]
@@ -90,6 +91,7 @@ def test_each_command_is_accounted_for() -> None:
         *STARTED,
         *ONE_AFTER_ANOTHER,
         KEY,
+        PLAN,
         FLEET,
         ALL_SCENARIOS,
         BENCH,
@@ -198,7 +200,16 @@ def test_a_server_that_is_named_gives_its_own_view(demo: str) -> None:
     assert json.loads(_curl(PINNED, demo).stdout)["models"]
 
 
-@NEEDS_CURL
+def test_what_placement_would_do_is_told(tmp_path: Path) -> None:
+    block = README.partition("## Models where they belong")[2].partition("```toml\n")[2].partition("```")[0]
+    (tmp_path / "my.toml").write_text(f'[[servers]]\nurl = "http://127.0.0.1:1"\n{block}', encoding="utf-8")
+    command = [*OLLAMA_LB, *shlex.split(PLAN)[1:]]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=30)
+    assert told.returncode == 1, told.stderr  # nobody is there
+    assert re.search(r"^llama3.2 +0 of 2 ", told.stdout, re.MULTILINE)
+    assert "cannot be read: 127.0.0.1:1" in told.stdout
+
+
 @NEEDS_CURL
 def test_a_key_is_made_and_used(tmp_path: Path) -> None:
     made = subprocess.run(

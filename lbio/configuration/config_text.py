@@ -105,8 +105,8 @@ def document(app: AppConfig | None = None) -> str:
     app = AppConfig() if app is None else app
     servers = app.core.servers or EXAMPLE_SERVERS
     blocks = [_comment(_HEAD), *_settings_blocks(app), _rule(_KEYS_HEAD), *_keys_blocks(app)]
-    blocks += [_rule(_SERVERS_HEAD), *_server_blocks(servers, app), _rule(_MODELS_HEAD), *_models_blocks(app)]
-    blocks += [_rule(_ROUTES_HEAD), _routes_block(app)]
+    blocks += [_rule(_SERVERS_HEAD), *_server_blocks(servers, app), _rule(_ROUTES_HEAD), _routes_block(app)]
+    blocks += [_rule(_MODELS_HEAD), *_models_blocks(app)]
     for part in (app.core, app):
         for field in fields_of(type(part)):
             if field.section is not None:

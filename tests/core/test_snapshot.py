@@ -30,7 +30,7 @@ from tests.playbook import arrival, fleet, many
 ABOVE = {f"lbcore.{name}" for name in ("progress", "loglines", "trace", "comparison", "explain", "invariants")}
 STATELESS = {
     "Setting", "Field", "Route", "Ending", "BodyFacts", "Problem", "RouteTable",  # known before anything happens
-    "Holders", "Drawn",  # made anew when they are needed
+    "Holders", "Drawn", "Place", "Step",  # made anew when they are needed
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lbcore.config import Config, Policy, RouteSettings, ServerSettings, Strategy, Winner
+from lbcore.config import Config, ModelSettings, Policy, RouteSettings, ServerSettings, Strategy, Winner
 from lbcore.ollama import PASS_THROUGH, ROUTES, default_routes
 from lbcore.parsing import Problem, parse_value
 from lbcore.schema import SECOND_NS, Field, Kind, describe_setting, fields_of, format_value, join
@@ -139,7 +139,9 @@ def expected_fields() -> dict[tuple[str, str], Field]:
     nested = [(field.key, inner) for _, field in top if field.section is not None for inner in fields_of(field.section)]
     servers = [("servers", field) for cls in (ServerSettings, UpstreamSettings) for field in fields_of(cls)]
     keys = [("keys", field) for field in fields_of(KeySettings)]
-    return {(table, field.key): field for table, field in (*top, *nested, *servers, *keys) if field.setting is not None}
+    models = [("models", field) for field in fields_of(ModelSettings)]
+    all_fields = (*top, *nested, *servers, *keys, *models)
+    return {(table, field.key): field for table, field in all_fields if field.setting is not None}
 
 
 def test_prod_toml_explains_every_key_exactly_once() -> None:
@@ -157,7 +159,7 @@ def test_prod_toml_has_every_key_at_its_default_and_tells_its_unit() -> None:
         assert field.setting is not None
         assert field.why in comment
         assert describe_setting(field.setting) in comment
-        if table != "servers" and key not in {"seed", "name", "requests_per_minute"}:
+        if table != "servers" and key not in {"seed", "name", "requests_per_minute", "copies"}:
             assert parse_value(field.setting, tomllib.loads(f"x = {value}")["x"]) == field.default, join(table, key)
 
 
