@@ -88,14 +88,14 @@ def parse_mended(raw: dict[str, Any]) -> AppConfig:
     raise AssertionError(raw)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(FILES)
 def test_dump_is_read_back_as_the_same(raw: dict[str, Any]) -> None:
     app = parse_mended(raw)
     assert parse(tomllib.loads(dump(app)), need_servers=False) == app
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(FILES)
 def test_the_explained_document_is_read_back_as_the_same(raw: dict[str, Any]) -> None:
     app = parse_mended({"servers": [GPU1], **raw})
