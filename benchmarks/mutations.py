@@ -35,6 +35,30 @@ class Mutation:
 
 MUTATIONS: Sequence[Mutation] = (
     Mutation(
+        "a server is told to do several things at once",
+        "lbcore.provision:Provision.review",
+        "step.server.id not in busy and ",
+        "",
+    ),
+    Mutation(
+        "copies are pruned before all are there",
+        "lbcore.provision:Provision._wanted",
+        "have == place.copies",
+        "have >= 0",
+    ),
+    Mutation(
+        "the servers that a model may be on do not count",
+        "lbcore.provision:Provision._place",
+        "if not settings.servers or s.name in settings.servers",
+        "",
+    ),
+    Mutation(
+        "what is missing is never pulled",
+        "lbcore.provision:Provision._wanted",
+        "record is None or not server.has(model)",
+        "record is None and False",
+    ),
+    Mutation(
         "the race budget allows one attempt too many",
         "lbcore.admission:RaceBudget.spend",
         "if self.credits < 1.0:",

@@ -76,7 +76,7 @@ class LoadBalancer:
             TimerKind.ATTEMPT: self._attempts.on_timer,
             TimerKind.MEASURE: self._attempts.on_measure_timer,
             TimerKind.HEDGE: self._requests.on_hedge_timer,
-            TimerKind.QUEUE: self._requests.on_queue_timer,
+            TimerKind.QUEUE: self._on_queue_timer,
             TimerKind.PROBE: self._on_probe_timer,
             TimerKind.JOB: self.provision.on_stalled,
             TimerKind.REVIEW: lambda _owner, now_ns: self.provision.review(now_ns),
@@ -144,6 +144,11 @@ class LoadBalancer:
             self._requests.rescue_stuck(now_ns)
         if self.ledger.queue.waiting:
             self._requests.serve_queue(now_ns)
+
+    def _on_queue_timer(self, request_id: int, now_ns: int) -> None:
+        if self.ledger.room_made:  # by another timer of the same moment: who waits may have it
+            self._use_room(now_ns)
+        self._requests.on_queue_timer(request_id, now_ns)
 
     # --- servers ---------------------------------------------------------------------------------------------
 

@@ -23,7 +23,9 @@ from lbcore.commands import (
     RecordDecision,
     RejectRequest,
     StartAttempt,
+    StartJob,
     StartProbe,
+    Work,
 )
 from lbcore.config import Config
 from lbcore.events import Event, Reason
@@ -202,6 +204,8 @@ class Promises:
                 yield from self._on_bad_end(command, request_id, commands, now_ns)
             case StartProbe(server_id):
                 yield from self._on_probe(server_id, now_ns)
+            case StartJob():
+                yield from self._on_job(command)
             case RecordDecision(Decision.SERVER_DIED, server=name):
                 self._died_ns[name] = now_ns
             case RecordDecision(Decision.SERVER_BACK, server=name):
@@ -299,6 +303,23 @@ class Promises:
             yield f"request {call.id} is refused, though {roomy[0]} has room"
         elif servers and len(self._waiting) - 1 < queue.length_max and now_ns < call.arrived_ns + queue.timeout_ns:
             yield f"request {call.id} is refused, though it might wait"
+
+    def _on_job(self, job: StartJob) -> Iterator[str]:
+        """Nothing is pulled where it is, or may not be; nothing deleted of which too little is left."""
+        fleet = self._balancer.fleet
+        name = fleet.servers[job.server_id].name
+        wanted = next(m for m in self._config.models if canonical_model(m.name) == canonical_model(job.model))
+        may_be_on = wanted.servers or tuple(self._boxes)
+        holders = [other for other, box in self._boxes.items() if box.fake.find(job.model) is not None]
+        if job.work is not Work.DELETE and name not in may_be_on:
+            yield f"{job}: it is not to be on {name}"
+        if job.work is Work.PULL and name in holders:
+            yield f"{job}: {name} has it"
+        if job.work is Work.DELETE:
+            alive = [server.name for server in fleet if server.is_alive and server.name != name]
+            left = [other for other in alive if other in holders and other in may_be_on]
+            if not wanted.prune or len(left) < (wanted.copies or len(wanted.servers) or 1):
+                yield f"{job}: it is left on {', '.join(left) or 'none'} of {wanted}"
 
     def _on_probe(self, server_id: int, now_ns: int) -> Iterator[str]:
         yield from self._late_probe(server_id, now_ns)

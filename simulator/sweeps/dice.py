@@ -78,7 +78,25 @@ def draw_scenario(dice: Dice) -> Tables:
     faults = _faults(dice, names, duration_s)
     if faults:
         tables["fault"] = faults
+    models = _models(dice, names)  # drawn last, so that older seeds are what they were but for these
+    if models:
+        tables["models"] = models
     return tables
+
+
+def _models(dice: Dice, names: Sequence[str]) -> list[Tables]:
+    """Return what placement is to do meanwhile: also what makes it harder for clients."""
+    if not dice.chance(0.3):
+        return []
+    return [_model(dice, model, names) for model in (ONE, TWO, "three:latest") if dice.chance(0.5)]
+
+
+def _model(dice: Dice, model: str, names: Sequence[str]) -> Tables:
+    table: Tables = {"name": model, "copies": dice.whole(1, len(names))}
+    if dice.chance(0.5):
+        servers = [name for name in names if dice.chance(0.5)]
+        table |= {"servers": servers, "copies": min(table["copies"], len(servers) or len(names))}
+    return {**table, "warm": dice.chance(0.5), "prune": dice.chance(0.5)}
 
 
 # --- servers -----------------------------------------------------------------------------------------------------

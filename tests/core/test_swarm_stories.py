@@ -7,8 +7,20 @@ import pytest
 from lbcore import events
 from lbcore.commands import AttemptKind, CommitAttempt
 from lbcore.events import Reason
+from lbcore.schema import SECOND_NS
 from tests.core.test_stories_review import killed
-from tests.playbook import A, Playbook, RaceSettings, fleet, loaded, lost, models
+from tests.playbook import (
+    A,
+    Playbook,
+    QueueSettings,
+    RaceSettings,
+    TimeoutSettings,
+    arrival,
+    fleet,
+    loaded,
+    lost,
+    models,
+)
 
 LONELY = RaceSettings(racers_max=1, hedges_max=0)
 PAIR = RaceSettings(racers_min=2, hedges_max=0)
@@ -100,3 +112,14 @@ def test_a_retry_that_went_to_a_dead_server_is_taken_back_by_the_first_that_revi
     book.skip()
     book.sync(left)
     book.started(1, AttemptKind.HEDGE, left)
+
+
+def test_who_has_waited_to_the_end_gets_the_room_that_is_made_in_that_very_moment() -> None:
+    timeouts = TimeoutSettings(connect_ns=3 * SECOND_NS)
+    queue = QueueSettings(timeout_ns=3 * SECOND_NS)
+    book = fleet("a", a={"in_flight_max": 1}, race=LONELY, timeouts=timeouts, queue=queue)
+    book.alone(1)
+    book >> arrival(2)
+    book.skip()
+    book.after(3000).skip()  # the first could not connect for as long as the second may wait
+    assert [attempt.server.name for attempt in book.request(2).attempts] == ["a"]
