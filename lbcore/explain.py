@@ -8,7 +8,7 @@ Whatever knows the inside of these rules stands in this file alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,7 @@ class Explanation:
     choices: list[Choice] = field(default_factory=list)
     story: list[Moment] = field(default_factory=list)
     truncated: int | None = None
+    ended: bool = False  # its end is told
     same: bool = True  # the replay did what was recorded, up to the end of the request
 
 
@@ -92,6 +93,17 @@ _OUTCOMES = frozenset({"finished", "failed", "rejected", "aborted"})
 
 def explain_at(lines: Iterable[str], request_id: int) -> Explanation:
     """Replay a log and explain one request. Raises LogError, and UnknownRequestError when it is not in there."""
+    steps = explaining(lines, request_id)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            told: Explanation = done.value
+            return told
+
+
+def explaining(lines: Iterable[str], request_id: int) -> Generator[None, None, Explanation]:
+    """Do the same, call by call, for who has other things to do in between; the explanation is what it returns."""
     told = Explanation(request_id)
     watcher = _Watcher(told)
     replay = Replay(lines, before=lambda event, now_ns, line: watcher.before(replay.balancer, event, now_ns, line))
@@ -99,8 +111,9 @@ def explain_at(lines: Iterable[str], request_id: int) -> Explanation:
     for step in replay:
         watcher.after(step.line, step.now_ns, step.recorded)
         told.same = told.same and step.same
-        if watcher.ended:
+        if told.ended:
             break
+        yield
     told.truncated = replay.truncated
     if not told.story:
         raise UnknownRequestError(watcher.unknown())
@@ -112,7 +125,6 @@ class _Watcher:
 
     def __init__(self, told: Explanation) -> None:
         self.known: dict[int, None] = {}
-        self.ended = False
         self._told = told
         self._arrived_ns: int | None = None
         self._chooses = False
@@ -178,7 +190,7 @@ class _Watcher:
         if self._chooses:
             choice = Choice(number, at_ms, event_text(line), self._candidates, self._credits, self._notes)
             self._told.choices.append(choice)
-        self.ended = any(came[i][0] == "decision" and came[i][1] in _OUTCOMES for i in own)
+        self._told.ended = any(came[i][0] == "decision" and came[i][1] in _OUTCOMES for i in own)
 
     def _is_own(self, command: list[Any]) -> bool:
         """Tell whether a command is about the request or one of its attempts."""

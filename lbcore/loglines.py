@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from operator import attrgetter
 from typing import Any
@@ -60,7 +60,9 @@ COMMAND_CODES: Mapping[type, str] = {
 EVENT_OF = {code: cls for cls, code in EVENT_CODES.items()}
 COMMAND_OF = {code: cls for cls, code in COMMAND_CODES.items()}
 
-Chunks = list[list[Any]]
+Chunks = Sequence[Sequence[Any]]
+"""For each attempt: its id, bytes, tokens, the time of the last of them, paused or None."""
+
 Raised = str
 """The name of the exception that came of a call, in the place of its commands."""
 

@@ -77,13 +77,17 @@ class Timers:
         return None
 
     def due(self, now_ns: int) -> list[tuple[TimerKind, int]]:
-        """Return what `pop_due` will give, in no order, for a driver that tells of tokens only when they matter."""
-        armed = self._armed
-        return [
-            (kind, owner_id)
-            for deadline_ns, seq, kind, owner_id in self._heap
-            if deadline_ns <= now_ns and armed[kind].get(owner_id) == seq
-        ]
+        """Return what `pop_due` will give, in no order: for who must know it before."""
+        heap, armed = self._heap, self._armed
+        found = []
+        looked_at = [0]
+        for i in looked_at:  # which grows on the way: what is not due has nothing below it that is
+            if i < len(heap) and heap[i][0] <= now_ns:
+                _, seq, kind, owner_id = heap[i]
+                if armed[kind].get(owner_id) == seq:
+                    found.append((kind, owner_id))
+                looked_at += (2 * i + 1, 2 * i + 2)
+        return found
 
     def pop_due(self, now_ns: int) -> tuple[TimerKind, int] | None:
         """Disarm and return the earliest timer that is due, or None."""

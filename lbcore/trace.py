@@ -25,15 +25,15 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from lbcore import __version__, events, snapshot
+from lbcore import __version__, snapshot
 from lbcore.balancer import LoadBalancer
 from lbcore.commands import Command
 from lbcore.config import Config
 from lbcore.errors import CoreError
 from lbcore.events import Event
-from lbcore.loglines import EVENT_CODES, Chunks, Lines, Raised, dumps
+from lbcore.loglines import Chunks, Lines, Raised, dumps
 from lbcore.placement import Placement
-from lbcore.records import Request
+from lbcore.witness import Witness
 
 FORMAT = 1
 """Of the log; raised when an older reader could not understand it."""
@@ -54,14 +54,14 @@ class LogError(CoreError):
 # --- recording ---------------------------------------------------------------------------------------------
 
 
-class Recorder(LoadBalancer):
+class Recorder(Witness):
     """Stands in for a balancer, and writes down every call and what came of it.
 
     `started` gives the time of day for the header, as text. `write` must not raise; it may call `begin`, which starts
     a log anew: from there on it can be replayed by itself. A `handle_timeout` that has nothing to do is not written.
     """
 
-    def __init__(  # the parts are those of the balancer, not new ones
+    def __init__(
         self,
         balancer: LoadBalancer,
         write: Callable[[str], None],
@@ -69,110 +69,32 @@ class Recorder(LoadBalancer):
         seed: int | None = None,
         started: Callable[[], str] = str,
     ) -> None:
-        self.config = balancer.config
-        self.timers = balancer.timers
-        self.fleet = balancer.fleet
-        self.ledger = balancer.ledger
-        self.placement = balancer.placement
-        self.provision = balancer.provision
-        self.balancer = balancer
+        super().__init__(balancer)
         self._write = write
         self._seed = seed
         self._started = started
         self._now_ns = 0
-        self._pending: dict[int, list[Any]] = {}  # attempt: bytes, tokens, time of the last, paused
         self._lines = Lines(0)
         self.begin()
 
     def begin(self) -> None:
         """Write the header and the state as it is: a log starts here. Raises SnapshotError."""
-        state = snapshot.take(self.balancer)
-        header = {
-            MARK: FORMAT,
-            "program": __version__,
-            "started": self._started(),
-            "seed": self._seed,
-            "now_ns": self._now_ns,
-        }
+        state = snapshot.take(self.plain)
         self._pending.clear()  # the state has them
         self._lines = Lines(self._now_ns)
-        self._write(dumps(header) + "\n")
+        self._write(header_line(self._now_ns, self._started(), self._seed))
         self._write(dumps(state) + "\n")
 
-    def handle(self, event: Event, now_ns: int) -> list[Command]:
-        """As `LoadBalancer.handle`."""
-        if type(event) not in EVENT_CODES:
-            return self.balancer.handle(event, now_ns)  # which refuses it
-        chunks = self._chunks_seen_by(event) if self._pending else []
-        try:
-            outcome = self.balancer.handle(event, now_ns)
-        except Exception as error:
-            self._note(event, type(error).__name__, now_ns, chunks)
-            raise
-        self._note(event, outcome, now_ns, chunks)
-        return outcome
-
-    def handle_timeout(self, now_ns: int) -> list[Command]:
-        """As `LoadBalancer.handle_timeout`."""
-        due_ns = self.balancer.next_deadline()
-        if due_ns is None or due_ns > now_ns:
-            return self.balancer.handle_timeout(now_ns)
-        chunks = self._all_chunks()
-        try:
-            outcome = self.balancer.handle_timeout(now_ns)
-        except Exception as error:
-            self._note(None, type(error).__name__, now_ns, chunks)
-            raise
-        self._note(None, outcome, now_ns, chunks)
-        return outcome
-
-    def _note(self, event: Event | None, outcome: list[Command] | Raised, now_ns: int, chunks: Chunks) -> None:
+    def note(self, event: Event | None, outcome: list[Command] | Raised, now_ns: int, chunks: Chunks) -> None:
+        """Write a call."""
         self._now_ns = now_ns
         self._write(self._lines.line(event, outcome, now_ns, chunks))
 
-    def next_deadline(self) -> int | None:
-        """As `LoadBalancer.next_deadline`."""
-        return self.balancer.next_deadline()
 
-    def note_chunk(self, attempt_id: int, n_bytes: int, n_tokens: int, now_ns: int) -> None:
-        """As `LoadBalancer.note_chunk`."""
-        pending = self._pending.get(attempt_id)
-        if pending is not None:
-            pending[0] += n_bytes
-            pending[1] += n_tokens
-            pending[2] = now_ns
-        elif attempt_id in self.ledger.attempts:
-            self._pending[attempt_id] = [n_bytes, n_tokens, now_ns, None]
-        self.balancer.note_chunk(attempt_id, n_bytes, n_tokens, now_ns)
-
-    def note_paused(self, attempt_id: int, *, paused: bool, now_ns: int) -> None:
-        """As `LoadBalancer.note_paused`."""
-        if attempt_id in self.ledger.attempts:
-            pending = self._pending.setdefault(attempt_id, [0, 0, now_ns, None])
-            pending[2:] = now_ns, paused
-        self.balancer.note_paused(attempt_id, paused=paused, now_ns=now_ns)
-
-    def _all_chunks(self) -> Chunks:
-        chunks = [[attempt_id, *pending] for attempt_id, pending in self._pending.items()]
-        self._pending.clear()
-        return chunks
-
-    def _chunks_seen_by(self, event: Event) -> Chunks:
-        """Take out the chunks that the core may look at for this event."""
-        if isinstance(event, events.RequestArrived):
-            return []
-        request: Request | None
-        if isinstance(event, events.DownstreamClosed):
-            request = self.ledger.requests.get(event.request_id)
-        elif (attempt_id := getattr(event, "attempt_id", None)) is not None:
-            attempt = self.ledger.attempts.get(attempt_id)
-            request = None if attempt is None else attempt.request
-        else:
-            return self._all_chunks()
-        if request is None:
-            return []  # it comes late, and means nothing
-        taken = [(attempt.id, self._pending.pop(attempt.id, None)) for attempt in request.attempts]
-        return [[attempt_id, *pending] for attempt_id, pending in taken if pending is not None]
+def header_line(now_ns: int, started: str = "", seed: int | None = None) -> str:
+    """Return the first line of a log that begins at `now_ns` of the core's clock, at `started` of the day's."""
+    header = {MARK: FORMAT, "program": __version__, "started": started, "seed": seed, "now_ns": now_ns}
+    return dumps(header) + "\n"
 
 
 # --- replaying ---------------------------------------------------------------------------------------------

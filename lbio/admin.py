@@ -14,6 +14,7 @@ from lbcore.events import ServerAdded, ServerRemovalRequested, SyncRequested
 from lbcore.ollama import Shape
 from lbcore.parsing import RefusedError, quote
 from lbcore.records import Server
+from lbio.answers.explained import Explainer
 from lbio.answers.local import TEXT, LocalAnswer, error_answer, json_answer
 from lbio.answers.status import as_table, server_status, status
 from lbio.configuration.addresses import parse_name, parse_server_url
@@ -22,6 +23,8 @@ from lbio.driver import Driver
 from lbio.http1 import RequestHead
 
 _SERVERS = "/servers/"
+_EXPLAIN = "/explain/"
+_PREFIXES = (_SERVERS, _EXPLAIN)  # the name of a server, or of a request, follows
 _BODY_BYTES_MAX = 65536
 
 
@@ -34,16 +37,18 @@ class Admin:
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
+        self.explainer = Explainer(driver.memory, driver.boot)
         self._methods: Mapping[str, tuple[str, Callable[[RequestHead, bytes], Awaitable[LocalAnswer]]]] = {
             "/status": ("GET", self._status),
             "/add_server": ("POST", self._add_server),
             "/sync_servers": ("POST", self._sync_servers),
             _SERVERS: ("DELETE", self._remove_server),
+            _EXPLAIN: ("GET", self._explain),
         }
 
     def is_admin(self, path: str) -> bool:
         """Tell whether a path is one of ours."""
-        return path in self._methods or path.startswith(_SERVERS)
+        return path in self._methods or path.startswith(_PREFIXES)
 
     async def answer(self, head: RequestHead, body: bytes, peer: str, *, has_key: bool = False) -> LocalAnswer:
         """Carry out a management request from `peer`; one whose key allows it may come from anywhere."""
@@ -54,7 +59,8 @@ class Admin:
             )
         if not _has_local_origin(head):
             return _error(403, "management is not allowed to web pages from elsewhere (the Origin header is foreign)")
-        method, carry_out = self._methods[_SERVERS if head.path.startswith(_SERVERS) else head.path]
+        prefix = next((prefix for prefix in _PREFIXES if head.path.startswith(prefix)), "")
+        method, carry_out = self._methods[prefix or head.path]
         if head.method != method and not (method == "GET" and head.method == "HEAD"):
             return LocalAnswer(405, b"text/plain", b"405 method not allowed", ((b"Allow", method.encode()),))
         return await carry_out(head, body)
@@ -62,9 +68,12 @@ class Admin:
     async def _status(self, head: RequestHead, _body: bytes) -> LocalAnswer:
         shares = {job.id: job.share for job in self._driver.jobs.values()}
         told = status(self._driver.balancer, self._driver.totals, self._driver.clock(), shares)
-        if b"text/plain" in (head.header(b"accept") or b""):
+        if _wants_text(head):
             return LocalAnswer(200, TEXT, as_table(told).encode())
         return json_answer(200, told)
+
+    async def _explain(self, head: RequestHead, _body: bytes) -> LocalAnswer:
+        return await self.explainer.answer(unquote(head.path.removeprefix(_EXPLAIN)), as_text=_wants_text(head))
 
     async def _add_server(self, _head: RequestHead, body: bytes) -> LocalAnswer:
         """Take a server in once a probe of it has ended well."""
@@ -109,6 +118,10 @@ class Admin:
         return json_answer(
             200, {"servers": len(fleet.servers), "changed": {name: c for name, c in changes.items() if c}}
         )
+
+
+def _wants_text(head: RequestHead) -> bool:
+    return b"text/plain" in (head.header(b"accept") or b"")
 
 
 def _why_foreign(head: RequestHead, peer: str) -> str:

@@ -14,6 +14,7 @@ import click
 from lbcore import __version__
 from lbio.access.key_command import key
 from lbio.models_command import models
+from lbio.why_command import why
 
 # ruff: noqa: PLC0415  # `--help` must not wait for what it does not need
 
@@ -88,8 +89,8 @@ def cli() -> None:
     """One fast, dependable Ollama out of many: races chat requests over N servers."""
 
 
-cli.add_command(key)
-cli.add_command(models)
+for _command in (key, models, why):
+    cli.add_command(_command)
 
 
 # --- commands ----------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import secrets
 import socket
 from collections.abc import Iterator
 from email.utils import formatdate
@@ -48,7 +47,6 @@ class Front:
         self.draining = False
         self.own = OwnAnswers(driver, self.admin, self.gate)
         self.bodies = BodyBudget(driver.app.limits.bodies_bytes_max)
-        self._boot = secrets.token_hex(2)
         self._ids: Iterator[int] = itertools.count(1)
         self.connections: dict[int, ClientConnection] = {}
         self._connection_ids: Iterator[int] = itertools.count(1)
@@ -57,7 +55,7 @@ class Front:
     def next_id(self) -> tuple[int, str]:
         """Return a new request's number, and its name in headers and logs, unlike those before a restart."""
         number = next(self._ids)
-        return number, f"{self._boot}-{number}"
+        return number, f"{self.driver.boot}-{number}"
 
     def judge(self, head: RequestHead) -> Verdict:
         """Tell what a request comes to by the web page that makes it; `admin` is stricter, and judges its own."""

@@ -32,6 +32,7 @@ from lbcore.commands import (
 )
 from lbcore.config import ServerSettings
 from lbcore.events import DownstreamClosed, Event, Reason, RequestArrived
+from lbcore.memory import Memory
 from lbcore.records import Server
 from lbcore.schema import SECOND_NS
 from lbio.access.credentials import NO_CREDENTIALS, Credentials
@@ -65,7 +66,8 @@ class Driver:
         connect: Connect = connect,
         upstream: Mapping[str, Credentials] = MappingProxyType({}),
     ) -> None:
-        self.balancer = balancer
+        self.memory = Memory(balancer)
+        self.balancer: LoadBalancer = self.memory
         self.app = app
         self.log = log
         self.clock = clock
@@ -74,6 +76,7 @@ class Driver:
         self._upstream = upstream  # by url
         self.totals = Totals(clock())
         self.via = f"ollama-lb-{secrets.token_hex(6)}"  # in `Via`: a request that has it already goes round in a circle
+        self.boot = secrets.token_hex(2)  # begins the ids of requests, so that those before a restart are others
         self._exchanges: dict[int, Exchange] = {}
         self._runs: dict[int, AttemptRun] = {}
         self._probes: dict[int, Probe] = {}

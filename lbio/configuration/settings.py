@@ -116,11 +116,12 @@ class ProxySettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdminSettings:
-    """The management endpoints: /status, /add_server, /sync_servers, DELETE /servers/NAME (`[admin]`)."""
+    """The management endpoints: /status, /explain/ID, /add_server, /sync_servers, DELETE /servers/NAME (`[admin]`)."""
 
     allow: AdminAccess = setting(
         Kind.CHOICE,
-        "who may see /status and add, sync and remove servers; any lets everyone who reaches this address do so",
+        "who may see /status and /explain, and add, sync and remove servers; any lets everyone who reaches this "
+        "address do so",
         AdminAccess.LOOPBACK)
 
 

@@ -15,11 +15,10 @@ from typing import Any, Final
 
 from lbcore import __version__
 from lbcore.comparison import Comparison, Difference, compare
-from lbcore.explain import Candidate, Choice, Explanation, UnknownRequestError, explain_at
-from lbcore.states import Reliability
+from lbcore.explain import UnknownRequestError, explain_at
 from lbcore.trace import LogError
 from lbcore.units import counted
-from lbio.answers.status import align
+from lbio.journal.explanations import explanation_lines
 
 EXIT_SAME: Final = 0
 EXIT_DIFFERENT: Final = 1
@@ -132,51 +131,5 @@ def _explain(path: Path, lines: Iterable[str], request_id: int, *, as_json: bool
     if as_json:
         _print([json.dumps({"log": str(path), **dataclasses.asdict(told)}, ensure_ascii=False)])
     else:
-        _print(_explanation_lines(told))
+        _print(explanation_lines(told))
     return EXIT_SAME if told.same else EXIT_DIFFERENT
-
-
-_COLUMNS = ("SERVER", "CHOSEN", "STATE", "HEALTH", "IN FLIGHT", "LOADED", "EXPECTED", "RANK", "CHANCE", "WHY")
-
-
-def _explanation_lines(told: Explanation) -> Iterator[str]:
-    if not told.about:
-        yield f"request {told.request_id} arrived before this log began"
-    choices = {choice.line: choice for choice in told.choices}
-    for index, moment in enumerate(told.story):
-        if index or not told.about:
-            yield ""
-        yield f"{moment.at_ms:+.3f} ms  {moment.event}   (line {moment.line})"
-        if moment.line in choices:
-            yield from _choice_lines(choices[moment.line])
-        yield from (f"    -> {text}" for text in moment.outcome)
-    if told.truncated is not None:
-        yield f"the log breaks off in line {told.truncated}"
-    if not told.same:
-        yield ""
-        yield "what is said here may be wrong: this version decides otherwise than was recorded (ollama-lb replay LOG)"
-
-
-def _choice_lines(choice: Choice) -> Iterator[str]:
-    yield from (f"    {note}" for note in choice.notes)
-    yield f"    race budget: {choice.race_credits:.1f} extra attempts"
-    table = align([_COLUMNS, *map(_row, choice.candidates)])
-    yield from (f"    {line}" for line in table.splitlines())
-
-
-def _row(candidate: Candidate) -> tuple[str, ...]:
-    doubt = " (doubted)" if candidate.doubted else ""
-    broke = "" if candidate.reliability == Reliability.RELIABLE else f" {candidate.reliability}"
-    others = f", {candidate.in_flight_others} of others" if candidate.in_flight_others else ""
-    return (
-        candidate.server,
-        candidate.chosen_as or "-",
-        f"{candidate.state}{doubt}{broke}",
-        f"{candidate.health:.2f}",
-        f"{candidate.in_flight}/{candidate.slots}{others}",
-        {True: "yes", False: "no", None: "-"}[candidate.loaded],
-        "-" if candidate.expected_ms is None else f"{candidate.expected_ms:.0f} ms",
-        "-" if candidate.rank is None else str(candidate.rank),
-        "-" if candidate.chance is None else f"{candidate.chance:.0%}",
-        candidate.why,
-    )

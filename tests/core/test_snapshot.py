@@ -27,7 +27,10 @@ from tests.core.test_determinism import digest_of_a_run
 from tests.playbook import arrival, fleet, many
 
 # They use a balancer, or are none of its business.
-ABOVE = {f"lbcore.{name}" for name in ("progress", "loglines", "trace", "comparison", "explain", "invariants")}
+ABOVE = {
+    f"lbcore.{name}"
+    for name in ("progress", "loglines", "trace", "comparison", "explain", "invariants", "memory", "witness")
+}
 STATELESS = {
     "Setting", "Field", "Route", "Ending", "BodyFacts", "Problem", "RouteTable",  # known before anything happens
     "Holders", "Drawn", "Place", "Step",  # made anew when they are needed

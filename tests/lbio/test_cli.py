@@ -29,7 +29,7 @@ from tests.lbio.sockets_kit import free_port
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOOD = '[[servers]]\nurl = "http://gpu1:11434"\nname = "gpu1"\n'
-COMMANDS = ("run", "check", "init", "key", "models", "fleet", "replay", "simulate", "bench", "what-if")
+COMMANDS = ("run", "check", "init", "key", "models", "fleet", "replay", "simulate", "bench", "what-if", "why")
 
 
 @pytest.fixture
