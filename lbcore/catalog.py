@@ -79,6 +79,21 @@ def builds(servers: Iterable[Server]) -> dict[str, dict[str, list[str]]]:
     return {name: digests for name, digests in sorted(found.items()) if len(digests) > 1}
 
 
+def same_build(holders: Iterable[Server], model: str) -> list[Server]:
+    """Return those of the servers that have one build of a model: what most of them have; of as many, the newest."""
+    found: dict[str, list[Server]] = {}
+    newest: dict[str, tuple[float, str, str, str]] = {}
+    for server in holders:
+        info = server.models[model].available
+        if info is not None and info.digest:
+            found.setdefault(info.digest, []).append(server)
+            newest[info.digest] = max(newest.get(info.digest, _NO_AGE), _age_key(info))
+    return max(found.items(), key=lambda item: (len(item[1]), newest[item[0]]), default=("", []))[1]
+
+
+_NO_AGE = (0.0, "", "", "")
+
+
 def _age_key(info: ModelInfo) -> tuple[float, str, str, str]:
     return _timestamp(info.modified_at), info.name, info.digest, info.entry
 

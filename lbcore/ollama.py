@@ -59,6 +59,7 @@ class Route:
     changes: bool = False  # changes what a server has
     needs_model: bool = True  # only a server that has the model named in the body can do it
     uploads: bool = False  # the body of a POST is passed on as it comes: nobody holds it, so it is sent once
+    batches: bool = False  # may ask for many answers at once, of which none depends on another
 
 
 _VIEW = (Strategy.AGGREGATE, Strategy.SEQUENTIAL)
@@ -93,9 +94,9 @@ ROUTES: tuple[Route, ...] = (
         "/v1/responses", ("POST",), Strategy.SEQUENTIAL, _MANY, Shape.OPENAI, Ending.RESPONSE_COMPLETED, generates=True
     ),
     Route("/v1/messages", ("POST",), Strategy.SEQUENTIAL, _MANY, Shape.ANTHROPIC, Ending.MESSAGE_STOP, generates=True),
-    Route("/api/embed", ("POST",), Strategy.SEQUENTIAL, _ONE, generates=True),
+    Route("/api/embed", ("POST",), Strategy.SEQUENTIAL, _ONE, generates=True, batches=True),
     Route("/api/embeddings", ("POST",), Strategy.SEQUENTIAL, _ONE, generates=True),
-    Route("/v1/embeddings", ("POST",), Strategy.SEQUENTIAL, _ONE, Shape.OPENAI, generates=True),
+    Route("/v1/embeddings", ("POST",), Strategy.SEQUENTIAL, _ONE, Shape.OPENAI, generates=True, batches=True),
     Route("/v1/audio/transcriptions", ("POST",), Strategy.SEQUENTIAL, _ONE, Shape.OPENAI, generates=True),
     Route(
         "/api/pull",

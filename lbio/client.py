@@ -49,6 +49,17 @@ class BodyBudget:
         if self.held + n_bytes > self.bytes_max:
             raise HttpError(503, "the request bodies held at present leave no room (limits.bodies_bytes_max)")
 
+    def take(self, n_bytes: int) -> bool:
+        """Count `n_bytes` more, of what is made of a body; False when there is no room for them."""
+        has_room = self.held + n_bytes <= self.bytes_max
+        if has_room:
+            self.held += n_bytes
+        return has_room
+
+    def give_back(self, n_bytes: int) -> None:
+        """Count them no more."""
+        self.held -= n_bytes
+
 
 class ClientStream:
     """One client's connection."""

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from email.utils import formatdate
 from functools import partial
 
@@ -23,6 +24,7 @@ from lbio.access.keys import Key, Keyring
 from lbio.admin import Admin
 from lbio.answers.local import LocalAnswer, error_answer
 from lbio.answers.own import SERVER_HEADER, Ask, OwnAnswers
+from lbio.answers.parts import Parts, Plan, Splitter
 from lbio.answers.shows import ShowRelay
 from lbio.attempt import AttemptRun
 from lbio.client import BodyBudget, ClientGone, ClientStream
@@ -33,6 +35,11 @@ from lbio.http1 import Framing, HeaderPairs, HttpError, RequestHead, parse_reque
 from lbio.relay import Relay
 from lbio.wire.blob_body import BlobBody
 from lbio.wire.headers import upstream_headers
+
+_JOIN_BYTES_MAX = 65536
+"""An answer of ours up to this size is written at once with its head; a larger one is not copied for that."""
+
+_SHUTTING_DOWN = "the load balancer is shutting down"
 
 
 class Front:
@@ -47,6 +54,7 @@ class Front:
         self.draining = False
         self.own = OwnAnswers(driver, self.admin, self.gate)
         self.bodies = BodyBudget(driver.app.limits.bodies_bytes_max)
+        self.splitter = Splitter(driver)
         self._ids: Iterator[int] = itertools.count(1)
         self.connections: dict[int, ClientConnection] = {}
         self._connection_ids: Iterator[int] = itertools.count(1)
@@ -221,7 +229,12 @@ class ClientConnection:
             headers.append((b"Content-Length", b"%d" % len(answer.body)))
         headers += _connection_header(head, close=close)
         body = b"" if head is not None and head.method == "HEAD" else answer.body
-        await self._client.write(serialize_response(answer.status, headers) + body)
+        written = serialize_response(answer.status, headers)
+        if len(body) <= _JOIN_BYTES_MAX:
+            await self._client.write(written + body)
+        else:
+            await self._client.write(written)
+            await self._client.write(body)
         return not close
 
     def _must_close(self, head: RequestHead | None) -> bool:
@@ -230,10 +243,51 @@ class ClientConnection:
     # --- answers of servers --------------------------------------------------------------------------------
 
     async def _forward(self, ask: Ask) -> bool:
-        """Let the core decide who answers, and relay that; a client that leaves ends it at once."""
+        """Let the core decide who answers; return whether another request may follow."""
+        named = self._front.next_id()
+        if ask.route.batches and (plan := self._front.splitter.plan(ask)) is not None:
+            keep = await self._in_parts(ask, plan, named[1])
+            if keep is not None:
+                return keep
+        return await self._whole(ask, named)
+
+    async def _in_parts(self, ask: Ask, plan: Plan, tag: str) -> bool | None:
+        """Have a request done in parts, and give the client the one answer; None: it is to go whole."""
+        front = self._front
+        bodies = plan.inputs.bodies(plan.shares)
+        try:
+            requests = [self._part_of(ask, plan, bodies.pop(0)) for _ in plan.shares]
+        except ValueError:  # an illegal header, of which the whole request tells
+            return None
+        parts = Parts(self._driver, front.splitter, front.bodies, plan, requests, tag)
+        keep: bool | None = False
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._watch_parts, parts, tasks.cancel_scope)
+                answer = await parts.run()
+                if answer is None and front.draining:
+                    answer = error_answer(ask.route.shape, 503, _SHUTTING_DOWN, retry_after_s=1)
+                by = ((SERVER_HEADER, parts.servers.encode()),) if parts.servers else ()
+                ours = (*by, *_about(tag, parts.n_attempts))
+                keep = None if answer is None else await self._respond(answer, ask.head, extra=ours)
+                tasks.cancel_scope.cancel()
+        except* (ClientGone, anyio.BrokenResourceError, anyio.ClosedResourceError):
+            keep = False
+        finally:
+            parts.close()
+        return keep
+
+    async def _watch_parts(self, parts: Parts, whole: anyio.CancelScope) -> None:
+        await self._client.watch()
+        parts.close()
+        self._end()
+        whole.cancel()
+
+    async def _whole(self, ask: Ask, named: tuple[int, str]) -> bool:
+        """Relay the answer that is chosen; a client that leaves ends it at once."""
         head = ask.head
         try:
-            request = self._client_request(ask)
+            request = self._client_request(ask, named)
         except ValueError as error:
             return await self._respond(error_answer(shape_of(head.path), 400, f"illegal header: {error}"), head)
         exchange = self._driver.open(request)
@@ -260,7 +314,7 @@ class ClientConnection:
         if exchange.merge is None or exchange.rejected is not None:
             return await self._refuse(exchange)
         merge, head = exchange.merge, exchange.request.head
-        ours = ((SERVER_HEADER, ", ".join(merge.servers).encode()), *_about(exchange))
+        ours = ((SERVER_HEADER, ", ".join(merge.servers).encode()), *_of(exchange))
         if not merge.begun:
             return await self._respond(merge.answer(), head, extra=ours)
         chunked = head.http_version != "1.0"
@@ -290,9 +344,14 @@ class ClientConnection:
                 self._driver.close(exchange)
                 exchange.reject(RejectRequest(exchange.request.request_id, error.status, error.message))
 
-    def _client_request(self, ask: Ask) -> ClientRequest:
-        number, tag = self._front.next_id()
-        head, body, route = ask.head, ask.body, ask.route
+    def _part_of(self, ask: Ask, plan: Plan, body: bytes) -> ClientRequest:
+        part = self._client_request(ask, self._front.next_id(), body)
+        return replace(part, servers=plan.servers)
+
+    def _client_request(self, ask: Ask, named: tuple[int, str], body: bytes | None = None) -> ClientRequest:
+        """Return what the core and the servers get. Raises ValueError for an illegal header."""
+        (number, tag), head, route = named, ask.head, ask.route
+        body = ask.body if body is None else body
         upload: BlobBody | None = None
         n_bytes: int | None = len(body)
         if _uploads(head) and head.framing is not Framing.NONE:
@@ -314,7 +373,7 @@ class ClientConnection:
                 exchange.relay = ShowRelay(exchange, run, run.answer, self._client, self._driver, shows, key)
             else:
                 exchange.relay = Relay(exchange, run, run.answer, self._client, self._driver)
-            ours = ((SERVER_HEADER, run.endpoint.name.encode()), *_about(exchange), *self._cors_headers)
+            ours = ((SERVER_HEADER, run.endpoint.name.encode()), *_of(exchange), *self._cors_headers)
             exchange.relay.begin(close=self._must_close(exchange.request.head), ours=ours)
 
     async def _refuse(self, exchange: Exchange) -> bool:
@@ -322,7 +381,7 @@ class ClientConnection:
         status, message = (refusal.status, refusal.message) if refusal is not None else (502, "no answer")
         retry_after_s = refusal.retry_after_s if refusal is not None else 0
         answer = error_answer(request.shape, status, message, request.tag, retry_after_s=retry_after_s)
-        return await self._respond(answer, request.head, extra=_about(exchange))
+        return await self._respond(answer, request.head, extra=_of(exchange))
 
 
 def _uploads(head: RequestHead) -> bool:
@@ -330,11 +389,12 @@ def _uploads(head: RequestHead) -> bool:
     return head.method == "POST" and find_route(head.path).uploads
 
 
-def _about(exchange: Exchange) -> HeaderPairs:
-    return (
-        (b"X-Ollama-LB-Request-Id", exchange.request.tag.encode()),
-        (b"X-Ollama-LB-Attempts", b"%d" % exchange.n_attempts),
-    )
+def _of(exchange: Exchange) -> HeaderPairs:
+    return _about(exchange.request.tag, exchange.n_attempts)
+
+
+def _about(tag: str, n_attempts: int) -> HeaderPairs:
+    return ((b"X-Ollama-LB-Request-Id", tag.encode()), (b"X-Ollama-LB-Attempts", b"%d" % n_attempts))
 
 
 def _connection_header(head: RequestHead | None, *, close: bool) -> list[tuple[bytes, bytes]]:

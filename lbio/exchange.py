@@ -32,7 +32,7 @@ class ClientRequest:
     facts: BodyFacts
     body: bytes
     head_parts: tuple[bytes, bytes]  # as servers get it: what stands before and after the value of `Host`
-    servers: tuple[str, ...] = ()  # the only ones that the client wants to be asked
+    servers: tuple[str, ...] = ()  # the only ones that may be asked, as the client wants it or for the sake of a part
     upload: BlobBody | None = None  # instead of `body`: one that is passed on as it comes
     key: str = ""  # the name of the client's key
 

@@ -53,6 +53,7 @@ class ModelTable:
     num_ctx: int = count("context that it is loaded with unless asked otherwise", 4096, low=1)
     kv: int = size("memory for each token of its context", 0)
     size: int = size("memory that it takes", 5_000_000_000, low=1)
+    embedding: int = count("numbers in an embedding, if it gives those; 0: it gives text", 0, high=65536)
 
 
 _LISTS: tuple[str, ...] = ("models", "loaded", "fault")
@@ -153,9 +154,12 @@ def _parse_models(raw: Any, key: str, problems: list[Problem]) -> list[FakeModel
             continue
         table = parse_table(ModelTable, item, f"{key}[{index}]", problems)
         if table is not None:
-            models.append(
-                FakeModel(table.name, size_bytes=table.size, num_ctx=table.num_ctx, kv_bytes_per_token=table.kv)
+            model = FakeModel(
+                table.name, size_bytes=table.size, num_ctx=table.num_ctx, kv_bytes_per_token=table.kv
             )
+            if table.embedding:
+                model = replace(model, embedding_length=table.embedding, capabilities=("embedding",))
+            models.append(model)
     return models if len(problems) == before else None
 
 

@@ -157,6 +157,17 @@ class RecordSettings:
     files: int = count("files kept, the one that is written included", 4, low=1, high=1000)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedSettings:
+    """Requests for embeddings (`[embed]`)."""
+
+    split_above: int = count(
+        "requests with more inputs than this are divided over the servers that have the same build of the model loaded "
+        "and a slot idle, none getting fewer than half of it. Fewer are not worth a second server: at 10 ms each, one "
+        "is done with them in less than a second. 0: never",
+        64, high=1_000_000)
+
+
 class Right(StrEnum):
     """What a key may be allowed to do."""
 
@@ -247,6 +258,7 @@ class AppConfig:
     pool: PoolSettings = section("connections to servers that are kept for the next request", PoolSettings)
     proxy: ProxySettings = section("what servers are told about clients", ProxySettings)
     admin: AdminSettings = section("the management endpoints", AdminSettings)
+    embed: EmbedSettings = section("requests for embeddings", EmbedSettings)
     log: LogSettings = section("the log, on standard error", LogSettings)
     record: RecordSettings = section("the event log, for `ollama-lb replay`", RecordSettings)
     keys: tuple[KeySettings, ...] = ()

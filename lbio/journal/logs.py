@@ -108,6 +108,11 @@ class Log:
             # Not `_log.log`, which looks for the line of code that called it.
             _log.handle(logging.LogRecord(_log.name, level, __file__, 0, told, (), None))
 
+    def note(self, text: str) -> None:
+        """Write what no decision of the core tells of, if decisions are written."""
+        if self._enabled:
+            _log.info("%s", text)
+
     def warning(self, text: str) -> None:
         """Write what an operator should look into."""
         _log.warning("%s", text)

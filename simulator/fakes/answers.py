@@ -95,6 +95,9 @@ class Api(StrEnum):
     OPENAI_CHAT = "/v1/chat/completions"
     OPENAI_COMPLETIONS = "/v1/completions"
     ANTHROPIC = "/v1/messages"
+    EMBED = "/api/embed"
+    EMBEDDINGS = "/api/embeddings"
+    OPENAI_EMBEDDINGS = "/v1/embeddings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,8 @@ class Dialect:
     killed: Callable[[Answer], Pieces]  # what is still written when the runner dies mid-stream
 
 
-def _nothing(_answer: Answer) -> Pieces:
+def nothing(_answer: Answer) -> Pieces:
+    """Return no piece: some dialects have none for the beginning, or for a death."""
     return []
 
 
@@ -326,37 +330,30 @@ def _anthropic_single(answer: Answer, _timing: Timing) -> bytes:
 
 
 _SSE_HEADERS = ((b"Content-Type", b"text/event-stream"),)
-_NATIVE = Dialect(
+NATIVE = Dialect(
     stream_headers=((b"Content-Type", b"application/x-ndjson"),),
     single_type=b"application/json; charset=utf-8",
-    begin=_nothing,
+    begin=nothing,
     token=_native_token,
     finish=_native_finish,
     single=_native_single,
     killed=_native_killed,
 )
-_OPENAI = Dialect(
+OPENAI = Dialect(
     stream_headers=_SSE_HEADERS,
     single_type=b"application/json",
-    begin=_nothing,
+    begin=nothing,
     token=_openai_token,
     finish=_openai_finish,
     single=_openai_single,
     killed=_openai_killed,
 )
-_ANTHROPIC = Dialect(
+ANTHROPIC = Dialect(
     stream_headers=((b"Cache-Control", b"no-cache"), *_SSE_HEADERS),
     single_type=b"application/json",
     begin=_anthropic_begin,
     token=_anthropic_token,
     finish=_anthropic_finish,
     single=_anthropic_single,
-    killed=_nothing,
+    killed=nothing,
 )
-DIALECTS = {
-    Api.CHAT: _NATIVE,
-    Api.GENERATE: _NATIVE,
-    Api.OPENAI_CHAT: _OPENAI,
-    Api.OPENAI_COMPLETIONS: _OPENAI,
-    Api.ANTHROPIC: _ANTHROPIC,
-}

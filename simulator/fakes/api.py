@@ -13,9 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 from simulator.fake_ollama import FakeModel, FakeOllama, Job, Work, canonical_name
-from simulator.fakes.answers import DIALECTS, RUNNER_DIED, Answer, Api, Timing, go_json, hex_id, rfc3339
+from simulator.fakes.answers import RUNNER_DIED, Answer, Api, Timing, go_json, hex_id, rfc3339
 from simulator.fakes.blobs import head_blob, is_blob, take_blob
 from simulator.fakes.bodies import ApiError, Wish, named, parse, wish
+from simulator.fakes.dialects import DIALECTS
+from simulator.fakes.embeddings import embed
 from simulator.fakes.listings import ps_line, shown, tags_line, v1_line
 from simulator.fakes.manage import copy, create, delete, pull, push
 from simulator.fakes.replies import (
@@ -231,14 +233,6 @@ def _show(fake: FakeOllama, request: Request, _moment: Moment) -> Reply:
     return _json(shown(model))
 
 
-def _embed(fake: FakeOllama, request: Request, _moment: Moment) -> Reply:
-    name = named(parse(request.body, "EmbedRequest"))
-    if fake.find(name) is None:
-        raise ApiError(404, f'model "{name}" not found, try pulling it first')
-    status = 500 if request.path == "/api/embeddings" else 501
-    raise ApiError(status, "This server does not support embeddings. Start it with `--embeddings`")
-
-
 def _v1_models(fake: FakeOllama, _request: Request, _moment: Moment) -> Reply:
     return _json_line({"object": "list", "data": [v1_line(m, m.name) for m in _newest_first(fake)]})
 
@@ -310,9 +304,8 @@ def _no_images() -> Reply:
     return Reply(500, JSON, go_json({"error": inner}), chunked=True)
 
 
-_GENERATING: dict[str, Handler] = dict.fromkeys((str(api) for api in Api), _generate) | dict.fromkeys(
-    ("/api/embed", "/api/embeddings", "/v1/embeddings"), _embed
-)
+_EMBEDDING = frozenset({Api.EMBED, Api.EMBEDDINGS, Api.OPENAI_EMBEDDINGS})
+_GENERATING: dict[str, Handler] = {str(api): embed if api in _EMBEDDING else _generate for api in Api}
 _READ: dict[str, Handler] = {"/": _root, "/api/version": _version, "/api/tags": _tags}
 _ROUTES: dict[str, dict[str, Handler]] = {
     **{path: {"HEAD": handler, "GET": handler} for path, handler in _READ.items()},

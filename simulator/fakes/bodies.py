@@ -64,6 +64,14 @@ _FIELDS: Mapping[str, Mapping[str, tuple[type, str]]] = {
         "stream_options": (dict, "openai.StreamOptions"),
         "max_tokens": (int, "int"),
     },
+    "EmbedRequest": {
+        "model": (str, "string"),
+        "prompt": (str, "string"),
+        "truncate": (bool, "bool"),
+        "dimensions": (int, "int"),
+        "encoding_format": (str, "string"),
+        "options": (dict, _OBJECT),
+    },
     "PullRequest": _MANAGED,
     "PushRequest": _MANAGED,
     "CreateRequest": _MANAGED | {"from": (str, "string")},
@@ -203,7 +211,7 @@ def wish(api: Api, body: bytes, fake: FakeOllama) -> Wish:
     options = dict(fields.get("options") or {}) if native else _from_compatible(fields)
     if unload:
         options = {}
-    _check_options(options)
+    check_options(options)
     tokens, reason = _tokens(turns, options, model, fake) if turns or not native else ((), "load")
     return Wish(
         api=api,
@@ -269,7 +277,7 @@ def _check_capabilities(model: FakeModel, name: str, fields: Mapping[str, Any]) 
 _NUMBER_MAX = 2.0**63  # Go's int64 holds no more
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
+def check_options(options: Mapping[str, Any]) -> None:
     """Refuse options of the wrong type; the client's fault, though Ollama says 500 (chat_bad_option)."""
     for name, value in options.items():
         number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _NUMBER_MAX

@@ -13,7 +13,7 @@ from typing import Protocol
 import anyio
 
 from simulator.fake_ollama import NS_PER_S, Crashed, FakeOllama, FakeSpec, Job, Notice, Refused, Started, Work
-from simulator.fakes.answers import DIALECTS, Timing
+from simulator.fakes.answers import Timing
 from simulator.fakes.api import (
     Generation,
     HeaderPairs,
@@ -24,6 +24,7 @@ from simulator.fakes.api import (
     single_reply,
     stream_headers,
 )
+from simulator.fakes.dialects import DIALECTS
 from simulator.faults import NO_EFFECT, Effect, Fault, FaultKind, active, next_change_ns
 
 

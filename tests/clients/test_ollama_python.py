@@ -8,6 +8,7 @@ import anyio.to_thread
 import ollama
 import pytest
 
+from simulator.fake_ollama import FakeModel
 from simulator.faults import Fault, FaultKind
 from tests.lbio.kit import balanced, specs
 
@@ -134,3 +135,19 @@ async def test_many_asynchronous_chats_at_once() -> None:
                     tasks.start_soon(one)
         await client._client.aclose()
     assert lengths == [9] * 30
+
+
+async def test_embeddings_divided_over_servers_are_those_of_one_server() -> None:
+    model = FakeModel("e5", size_bytes=1_000_000, capabilities=("embedding",), embedding_length=8)
+    fleet = specs("a", "b", models=(model,), start_loaded=("e5",))
+    texts = [f"text {number}" for number in range(100)]
+    async with balanced(fleet) as rig:
+        found = []
+        for url in (rig.url, rig.fleet[0].url):
+            client = ollama.AsyncClient(host=url)
+            found.append(await client.embed("e5", texts))
+            assert len((await client.embeddings("e5", "one")).embedding) == 8
+            await client._client.aclose()
+        assert rig.fleet[1].stats.requests["/api/embed"] == 1
+    assert found[0].embeddings == found[1].embeddings
+    assert found[0].prompt_eval_count == found[1].prompt_eval_count
