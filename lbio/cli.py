@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from lbcore import __version__
-from lbio.access.key_command import key
-from lbio.models_command import models
-from lbio.why_command import why
+from lbio.subcommands.key_command import key
+from lbio.subcommands.models_command import models
+from lbio.subcommands.why_command import why
 
 # ruff: noqa: PLC0415  # `--help` must not wait for what it does not need
 

@@ -17,8 +17,7 @@ from lbcore.config_routes import ROUTE_KEYS, parse_routes
 from lbcore.file_kind import FileKind, other_kind
 from lbcore.parsing import ABSENT, Keys, Problem, RefusedError, parse_table, show
 from lbcore.schema import fields_of, join, keys_of
-from lbio.access.cors import is_loopback
-from lbio.configuration.addresses import Address, parse_listen, parse_origin
+from lbio.configuration.addresses import Address, is_loopback, parse_listen, parse_origin
 from lbio.configuration.config_keys import KEYS_KEYS, parse_keys, parse_upstream, without_secret
 from lbio.configuration.config_servers import (
     SERVER_KEYS,

@@ -17,7 +17,7 @@ from anyio.abc import ByteStream
 from lbcore.commands import RejectRequest
 from lbcore.ollama import Shape, find_route, shape_of
 from lbcore.schema import SECOND_NS
-from lbio.access.cors import NOTHING, Cors, Verdict, is_loopback
+from lbio.access.cors import NOTHING, Cors, Verdict
 from lbio.access.credentials import CLIENT_KEYS
 from lbio.access.gate import Gate
 from lbio.access.keys import Key, Keyring
@@ -28,7 +28,7 @@ from lbio.answers.parts import Parts, Plan, Splitter
 from lbio.answers.shows import ShowRelay
 from lbio.attempt import AttemptRun
 from lbio.client import BodyBudget, ClientGone, ClientStream
-from lbio.configuration.addresses import parse_listen
+from lbio.configuration.addresses import is_loopback, parse_listen
 from lbio.driver import Driver
 from lbio.exchange import ClientRequest, Exchange, head_parts
 from lbio.http1 import Framing, HeaderPairs, HttpError, RequestHead, parse_request_head, serialize_response

@@ -144,11 +144,3 @@ def _name_in(authority: bytes) -> str | None:
     except ValueError:
         return host
     return None
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether who listens at `host` can be reached from this machine only."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

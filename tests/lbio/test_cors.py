@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbio.access.cors import BUILT_IN, NOTHING, Cors, is_loopback
+from lbio.access.cors import BUILT_IN, NOTHING, Cors
 from lbio.config_file import ConfigError, parse
+from lbio.configuration.addresses import is_loopback
 from lbio.http1 import HeaderPairs
 from simulator.faults import Fault, FaultKind
 from tests.lbio.kit import LIMIT_S, Rig, balanced, before, client, scripted, specs

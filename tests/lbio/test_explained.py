@@ -16,9 +16,9 @@ import pytest
 
 from lbio.answers import explained
 from lbio.answers.explained import in_slices
-from lbio.ask_running import CannotAskError, fetch, token_of
 from lbio.cli import main
 from lbio.journal.replay import replay
+from lbio.subcommands.ask_running import CannotAskError, fetch, token_of
 from simulator.faults import Fault, FaultKind
 from tests.lbio.kit import Rig, balanced, chat_request, client, specs
 from tests.lbio.sockets_kit import free_port, until

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,22 @@ async def test_a_server_that_dies_inside_a_pull_is_left_alone_for_a_while() -> N
 )
 def test_servers_are_sent_what_a_client_would_send(work: Work, runner_key: str, wanted: object) -> None:
     assert request_of(work, "m", runner_key) == wanted
+
+
+async def test_models_tells_where_they_are_now() -> None:
+    async with balanced(specs("a", "b"), models=[{"name": "tiny", "copies": 2}]) as rig:
+
+        def run(*args: str) -> Any:
+            return CliRunner().invoke(cli, ["models", "--url", rig.url, *args], standalone_mode=False)
+
+        told = await anyio.to_thread.run_sync(run)
+        assert told.return_value == 0, told.output
+        assert re.search(r"^tiny +2 of 2 +a, b +a, b +a, b +-$", told.output, re.MULTILINE), told.output
+        as_json = json.loads((await anyio.to_thread.run_sync(run, "--json")).output)
+        assert [model["name"] for model in as_json["models"]] == ["tiny"]
+    told = await anyio.to_thread.run_sync(run)
+    assert told.return_value == 2
+    assert "cannot be asked" in told.stderr
 
 
 async def test_models_plan_tells_what_would_be_done_and_does_nothing(tmp_path: Path) -> None:

@@ -6,6 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lbio.subcommands.ask_running import (
+    EXIT_CANNOT_ASK,
+    EXIT_OK,
+    CannotAskError,
+    error_of,
+    fetch,
+    token_of,
+    with_running,
+)
+
 # ruff: noqa: PLC0415  # `--help` must not wait for what it does not need
 
 if TYPE_CHECKING:
@@ -13,14 +23,44 @@ if TYPE_CHECKING:
     from lbcore.provision import Provision
     from lbio.configuration.settings import AppConfig
 
-EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
 
 
-@click.group(epilog="\b\nExample:\n  ollama-lb models plan my.toml")
-def models() -> None:
-    """Tell where the models of [[models]] are, and what is to be done."""
+NONE_DECLARED = "no [[models]] are declared: nothing is pulled, loaded or deleted by itself"
+
+
+@click.group(invoke_without_command=True,
+             epilog="\b\nExamples:\n  ollama-lb models\n  ollama-lb models --url http://10.0.0.7:11434 --json\n"
+                    "  ollama-lb models plan my.toml")
+@with_running
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def models(context: click.Context, url: str, key_env: str | None, *, as_json: bool) -> int:
+    """Tell where the models of [[models]] are, and what is under way.
+
+    Asks the balancer that runs at --url. Exits with 2 when it cannot be asked.
+    """
+    if context.invoked_subcommand is not None:
+        return EXIT_OK
+    import json
+
+    try:
+        status, body = fetch(url, "/status", "application/json", token_of(key_env))
+    except CannotAskError as error:
+        click.echo(str(error), err=True)
+        return EXIT_CANNOT_ASK
+    if status != 200:
+        click.echo(error_of(body) or f"{url} answered with {status}: is it an ollama-lb?", err=True)
+        return EXIT_CANNOT_ASK
+    placed = json.loads(body)["models"]
+    if as_json:
+        click.echo(json.dumps({"models": placed}, ensure_ascii=False))
+    else:
+        from lbio.answers.status import models_table
+
+        click.echo(models_table(placed) if placed else NONE_DECLARED)
+    return EXIT_OK
 
 
 @models.command(epilog="\b\nExample:\n  ollama-lb models plan my.toml")
@@ -39,7 +79,7 @@ def plan(config: str, *, as_json: bool) -> int:
         for problem in error.problems:
             click.echo(str(problem), err=True)
         return EXIT_CONFIG
-    from lbio.plan import read_fleet
+    from lbio.subcommands.plan import read_fleet
 
     balancer, provision = read_fleet(app)
     told = _object(app, balancer, provision)
@@ -74,7 +114,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
     from lbio.answers.status import align
 
     if not told["models"]:
-        return ["no [[models]]: nothing is ever pulled, loaded or deleted"]
+        return [NONE_DECLARED]
     rows = [("MODEL", "COPIES", "PLACED ON", "ON DISK", "LOADED")]
     for model in told["models"]:
         there = sum(name in model["on_disk"] for name in model["servers"])

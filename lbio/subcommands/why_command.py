@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lbio.ask_running import (
+from lbio.subcommands.ask_running import (
     EXIT_CANNOT_ASK,
     EXIT_NOT_FOUND,
     EXIT_OK,
