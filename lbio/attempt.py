@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -383,4 +385,7 @@ def shortened(body: bytes | bytearray) -> str:
     """Return the words of an error body, for a log line."""
     match = re.search(rb'"(?:error|message)"\s*:\s*"((?:[^"\\]|\\.)*)', body[:4096])
     text = (match[1] if match is not None else bytes(body[:_DETAIL_CHARS_MAX])).decode(errors="replace")
+    if match is not None and "\\" in text:
+        with contextlib.suppress(ValueError):
+            text = json.loads(f'"{text}"')
     return " ".join(text.split())[:_DETAIL_CHARS_MAX]

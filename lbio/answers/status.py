@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from lbcore.balancer import LoadBalancer
 from lbcore.catalog import builds
+from lbcore.commands import Work
 from lbcore.provision import Place
 from lbcore.records import Server, ServerModel
 from lbcore.schema import MS_NS, SECOND_NS
@@ -74,10 +75,10 @@ def _placed_model(
     """Return where a declared model is, and is to be; what is under way for it, and what waits to be tried again."""
     provision, servers = balancer.provision, balancer.fleet.servers
     jobs = [job for job in provision.jobs.values() if job.model == place.model]
-    setbacks = [
+    waiting = [
         (servers[server_id].name, work, setback)
         for (server_id, model, work), setback in provision.setbacks.items()
-        if model == place.model and server_id in servers and setback.again_ns > now_ns
+        if model == place.model and setback.again_ns > now_ns and _is_wanted(work, servers.get(server_id), model)
     ]
     return {
         "name": place.settings.name,
@@ -95,9 +96,17 @@ def _placed_model(
         "waiting": [
             {"server": name, "work": work, "why": setback.why, "times": setback.times,
              "again_in_s": round((setback.again_ns - now_ns) / SECOND_NS, 1)}
-            for name, work, setback in setbacks
+            for name, work, setback in waiting
         ],
     }  # fmt: skip
+
+
+def _is_wanted(work: Work, server: Server | None, model: str) -> bool:
+    """Tell whether a server still lacks what some work is for: what has gone well may rest, too."""
+    record = server.models.get(model) if server is not None else None
+    if work is Work.WARM:
+        return record is not None and not record.loaded
+    return (record is not None and record.available is not None) is (work is Work.DELETE)
 
 
 def _model(record: ServerModel) -> dict[str, Any]:
@@ -146,17 +155,26 @@ MODEL_COLUMNS = ("MODEL", "COPIES", "PLACED ON", "ON DISK", "LOADED", "UNDER WAY
 
 
 def models_table(models: Sequence[Mapping[str, Any]]) -> str:
-    """Return a line for each declared model: where it is to be, where it is, and what is being done."""
-    return align([MODEL_COLUMNS, *map(_models_row, models)])
+    """Return a line for each declared model: where it is to be and is, what is being done; then what has failed."""
+    rows = align([MODEL_COLUMNS, *map(_models_row, models)])
+    return "\n".join([rows, *(line for model in models for line in _failures(model))])
 
 
 def _models_row(model: Mapping[str, Any]) -> tuple[str, ...]:
     there = [name for name in model["servers"] if name in model["on_disk"]]
-    doing = [_doing(job) for job in model["under_way"]]
-    doing += [f"{w['work']} on {w['server']} again in {w['again_in_s']:.0f} s: {w['why']}"
-              for w in model["waiting"] if w["server"] not in model["on_disk"] or w["work"] != "pull"]
     names = (", ".join(model[key]) or "-" for key in ("servers", "on_disk", "loaded"))
-    return model["name"], f"{len(there)} of {model['copies']}", *names, "; ".join(doing) or "-"
+    doing = "; ".join(map(_doing, model["under_way"]))
+    return model["name"], f"{len(there)} of {model['copies']}", *names, doing or "-"
+
+
+def _failures(model: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what waits to be tried again, servers of which the same is true together."""
+    alike: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for waits in model["waiting"]:
+        alike.setdefault((waits["work"], waits["why"]), []).append(waits)
+    for (work, why), of in alike.items():
+        names, again_s = ", ".join(waits["server"] for waits in of), min(waits["again_in_s"] for waits in of)
+        yield f"{work} {model['name']} on {names}: {why} (again in {again_s:.0f} s)"
 
 
 def _doing(job: Mapping[str, Any]) -> str:
