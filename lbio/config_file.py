@@ -17,6 +17,7 @@ from lbcore.config_routes import ROUTE_KEYS, parse_routes
 from lbcore.file_kind import FileKind, other_kind
 from lbcore.parsing import ABSENT, Keys, Problem, RefusedError, parse_table, show
 from lbcore.schema import fields_of, join, keys_of
+from lbcore.units import counted
 from lbio.configuration.addresses import Address, is_loopback, parse_listen, parse_origin
 from lbio.configuration.config_keys import KEYS_KEYS, parse_keys, parse_upstream, without_secret
 from lbio.configuration.config_servers import (
@@ -180,7 +181,8 @@ def parse(raw: Mapping[str, Any], overrides: Overrides = NO_OVERRIDES, *, base: 
     core = dataclasses.replace(core, servers=tuple(server for _, server in servers), models=models, routes=routes)
     app = dataclasses.replace(app, listen=str(listen), origins=origins, keys=keys, upstream=upstream)
     app = dataclasses.replace(app, core=core, fleet=fleet)
-    return dataclasses.replace(app, warnings=(*warnings, *server_warnings(servers), *_app_warnings(app)))
+    return dataclasses.replace(app, warnings=(*warnings, *server_warnings(servers), *_app_warnings(app),
+                                              *_placement_warnings(app)))
 
 
 def _overlay(raw: Mapping[str, Any], overrides: Overrides) -> tuple[dict[str, Any], dict[str, str]]:
@@ -280,6 +282,14 @@ def _fleet(raw: Mapping[str, Any], overrides: Overrides, servers: Iterable[Keyed
 def _app_warnings(app: AppConfig) -> Iterable[str]:
     if app.admin.allow is AdminAccess.ANY and not app.keys:
         yield f'admin.allow = "any": whoever reaches {app.listen} may add and remove servers'
+
+
+def _placement_warnings(app: AppConfig) -> Iterable[str]:
+    n_servers = len(app.core.servers) + len(app.fleet)
+    for index, model in enumerate(app.core.models):
+        if model.copies is not None and model.copies > n_servers:
+            yield (f"models[{index}].copies: {model.copies} are wanted of {counted(n_servers, 'server')}; "
+                   "more may be added while it runs")
 
 
 def access_warnings(app: AppConfig) -> Iterable[str]:

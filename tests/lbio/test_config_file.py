@@ -395,3 +395,8 @@ def test_named_servers_replace_the_fleet_too() -> None:
     app = parse({"fleet": [{"name": "a"}]}, Overrides(servers=("b",)))
     assert app.fleet == ()
     assert app.warnings == ("--servers: the fake servers of [[fleet]] are not started",)
+
+
+def test_more_copies_than_servers_is_worth_a_warning() -> None:
+    app = parse({"servers": [{"url": "http://a"}], "models": [{"name": "m", "copies": 2}]})
+    assert any(text.startswith("models[0].copies: 2 are wanted of 1 server;") for text in app.warnings)
