@@ -417,6 +417,7 @@ class FakeServer:
             host=(head.header(b"host") or b"").decode("latin-1"),
             origin=None if origin is None else origin.decode("latin-1"),
             body=body if isinstance(body, bytes) else b"",
+            content_type=(head.header(b"content-type") or b"").decode("latin-1"),
             upload=body if isinstance(body, Upload) else None,
         )
         close = body is None or not head.keep_alive

@@ -1,7 +1,7 @@
-"""The bytes of an answer, in each of Ollama's dialects, as the recordings in tests/captures show them. Pure.
+"""What an answer says, and what a dialect is in which it is written. Pure.
 
-An `Answer` is all that is known when it begins; the functions of its `Dialect` turn it into the pieces that
-Ollama writes: each `bytes` of a list is one HTTP chunk. Wall-clock times are int ns since 1970.
+An `Answer` is all that is known when it begins; the functions of its `Dialect` (`simulator.fakes.dialects`) turn it
+into the pieces that Ollama writes: each `bytes` of a list is one HTTP chunk. Wall-clock times are int ns since 1970.
 """
 
 import datetime as dt
@@ -9,8 +9,8 @@ import email.utils
 import hashlib
 import json
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -94,15 +94,39 @@ class Api(StrEnum):
     GENERATE = "/api/generate"
     OPENAI_CHAT = "/v1/chat/completions"
     OPENAI_COMPLETIONS = "/v1/completions"
+    RESPONSES = "/v1/responses"
     ANTHROPIC = "/v1/messages"
+    TRANSCRIPTION = "/v1/audio/transcriptions"
     EMBED = "/api/embed"
     EMBEDDINGS = "/api/embeddings"
     OPENAI_EMBEDDINGS = "/v1/embeddings"
 
 
+class Part(StrEnum):
+    """What a token belongs to."""
+
+    THOUGHT = "thought"
+    TEXT = "text"
+    CALL = "call"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A tool that the model wants to be called."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+    @property
+    def arguments_json(self) -> str:
+        """The arguments as text."""
+        return go_json(self.arguments).decode()
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer, before its first token."""
+    """One answer, before its first token: first thoughts, then a text or, as the last token, a call."""
 
     api: Api
     model: str  # as the client wrote it
@@ -115,11 +139,37 @@ class Answer:
     usage: bool = False  # stream_options.include_usage
     context: bool = True  # /api/generate, unless raw
     logprobs: int | None = None  # /api/chat: give them, with so many alternatives each
+    n_thoughts: int = 0  # of the tokens
+    call: Call | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)  # the request: some answers repeat of it
+
+    @property
+    def thinking(self) -> str:
+        """All thoughts."""
+        return "".join(self.tokens[: self.n_thoughts])
 
     @property
     def text(self) -> str:
-        """The whole answer."""
-        return "".join(self.tokens)
+        """All text."""
+        return "".join(self.tokens[self.n_thoughts : len(self.tokens) - (self.call is not None)])
+
+    def part(self, index: int) -> Part:
+        """Return what a token belongs to."""
+        if index < self.n_thoughts:
+            return Part.THOUGHT
+        return Part.CALL if self.call is not None and index == len(self.tokens) - 1 else Part.TEXT
+
+    @property
+    def parts(self) -> dict[Part, int]:
+        """All parts in their order, and which token is the first of each."""
+        n_text = len(self.tokens) - self.n_thoughts - (self.call is not None)
+        firsts = {Part.THOUGHT: 0} if self.n_thoughts else {}
+        firsts |= {Part.TEXT: self.n_thoughts} if n_text else {}
+        return firsts | ({Part.CALL: len(self.tokens) - 1} if self.call is not None else {})
+
+    def begins_part(self, index: int) -> bool:
+        """Tell whether a token is the first of its part."""
+        return index == 0 or self.part(index) is not self.part(index - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +190,7 @@ class Dialect:
     stream_headers: tuple[tuple[bytes, bytes], ...]
     single_type: bytes
     begin: Callable[[Answer], Pieces]  # sent with the first token
-    token: Callable[[Answer, int, int], bytes]  # answer, index, wall_ns
+    token: Callable[[Answer, int, int], Pieces]  # answer, index, wall_ns
     finish: Callable[[Answer, Timing], Pieces]
     single: Callable[[Answer, Timing], bytes]
     killed: Callable[[Answer], Pieces]  # what is still written when the runner dies mid-stream
@@ -151,209 +201,21 @@ def nothing(_answer: Answer) -> Pieces:
     return []
 
 
-def _native_head(answer: Answer, wall_ns: int) -> dict[str, Any]:
-    return {"model": answer.model, "created_at": rfc3339(wall_ns)}
-
-
-def _native_text(answer: Answer, text: str) -> dict[str, Any]:
-    if answer.api is Api.CHAT:
-        return {"message": {"role": "assistant", "content": text}}
-    return {"response": text}
-
-
-def _logprob(token: str) -> dict[str, Any]:
-    chance = int(hex_id("logprob", token, digits=4), 16) / 0xFFFF
-    return {"token": token, "logprob": -0.01 - chance, "bytes": list(token.encode("utf-8", "replace"))}
-
-
-def _native_logprobs(answer: Answer, tokens: tuple[str, ...]) -> dict[str, Any]:
-    if answer.logprobs is None or answer.api is not Api.CHAT:
-        return {}
-    others = [_logprob(word) for word in WORDS[: answer.logprobs]]
-    return {"logprobs": [_logprob(token) | ({"top_logprobs": others} if others else {}) for token in tokens]}
-
-
-def _native_token(answer: Answer, index: int, wall_ns: int) -> bytes:
-    token = answer.tokens[index]
-    line = _native_head(answer, wall_ns) | _native_text(answer, token) | {"done": False}
-    return go_json(line | _native_logprobs(answer, (token,))) + b"\n"
-
-
-def _native_done(answer: Answer, text: str, timing: Timing, tokens: tuple[str, ...] = ()) -> dict[str, Any]:
-    line = _native_head(answer, timing.wall_ns) | _native_text(answer, text)
-    line |= {"done": True, "done_reason": answer.done_reason}
-    if answer.done_reason in {"load", "unload"}:
-        return line
-    if tokens:
-        line |= _native_logprobs(answer, tokens)
-    if answer.api is Api.GENERATE and answer.context:
-        line["context"] = [518 + 37 * i % 31_000 for i in range(answer.prompt_tokens + len(answer.tokens))]
-    figures = {
-        "total_duration": timing.total_ns,
-        "load_duration": timing.load_ns,
-        "prompt_eval_count": answer.prompt_tokens,
-        "prompt_eval_duration": timing.prompt_ns,
-        "eval_count": len(answer.tokens),
-        "eval_duration": timing.eval_ns,
-    }
-    return line | {name: value for name, value in figures.items() if value}
-
-
-def _native_finish(answer: Answer, timing: Timing) -> Pieces:
-    return [go_json(_native_done(answer, "", timing)) + b"\n"]
-
-
-def _native_single(answer: Answer, timing: Timing) -> bytes:
-    return go_json(_native_done(answer, answer.text, timing, answer.tokens))
-
-
-def _native_killed(_answer: Answer) -> Pieces:
-    return [go_json({"error": RUNNER_DIED}) + b"\n"]
-
-
-def _sse(value: object) -> bytes:
+def sse(value: object) -> bytes:
+    """Return an event without a name."""
     return b"data: " + go_json(value) + b"\n\n"
 
 
-_DONE = b"data: [DONE]\n\n"
+def event(kind: str, value: Mapping[str, Any]) -> bytes:
+    """Return an event with a name."""
+    return b"event: " + kind.encode() + b"\n" + sse(value)
 
 
-def _openai_usage(answer: Answer) -> dict[str, int]:
-    made = len(answer.tokens)
-    return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": made,
-        "total_tokens": answer.prompt_tokens + made,
-    }
+def no_token(_answer: Answer, _index: int, _wall_ns: int) -> Pieces:
+    """Return no piece: some answers only come whole."""
+    return []
 
 
-def _openai_chunk(answer: Answer, choices: list[dict[str, Any]], model: str | None = None) -> dict[str, Any]:
-    head = {
-        "id": answer.id,
-        "object": "chat.completion.chunk" if answer.api is Api.OPENAI_CHAT else "text_completion",
-        "created": answer.begun_wall_ns // NS_PER_S,
-    }
-    who = {"model": answer.model if model is None else model, "system_fingerprint": "fp_ollama"}
-    if answer.api is Api.OPENAI_CHAT:
-        return head | who | {"choices": choices}
-    return head | {"choices": choices} | who
-
-
-def _openai_choice(answer: Answer, text: str | None, finish_reason: str | None, role: str = "") -> dict[str, Any]:
-    if answer.api is Api.OPENAI_COMPLETIONS:
-        return {"text": text or "", "index": 0, "finish_reason": finish_reason}
-    delta = ({"role": role} if role else {}) | ({} if text is None else {"content": text})
-    return {"index": 0, "delta": delta, "finish_reason": finish_reason}
-
-
-def _openai_token(answer: Answer, index: int, _wall_ns: int) -> bytes:
-    role = "" if index else "assistant"
-    return _sse(_openai_chunk(answer, [_openai_choice(answer, answer.tokens[index], None, role)]))
-
-
-def _openai_finish(answer: Answer, _timing: Timing) -> Pieces:
-    last = _sse(_openai_chunk(answer, [_openai_choice(answer, None, answer.done_reason)]))
-    usage = _sse(_openai_chunk(answer, []) | {"usage": _openai_usage(answer)}) if answer.usage else b""
-    return [last + usage + _DONE]
-
-
-def _openai_single(answer: Answer, _timing: Timing) -> bytes:
-    if answer.api is Api.OPENAI_CHAT:
-        kind = "chat.completion"
-        message = {"role": "assistant", "content": answer.text}
-        choice = {"index": 0, "message": message, "finish_reason": answer.done_reason}
-    else:
-        kind = "text_completion"
-        choice = {"text": answer.text, "index": 0, "finish_reason": answer.done_reason}
-    whole = {
-        "id": answer.id,
-        "object": kind,
-        "created": answer.begun_wall_ns // NS_PER_S,
-        "model": answer.model,
-        "system_fingerprint": "fp_ollama",
-        "choices": [choice],
-        "usage": _openai_usage(answer),
-    }
-    return go_json(whole) + b"\n"
-
-
-def _openai_killed(answer: Answer) -> Pieces:
-    return [_sse(_openai_chunk(answer, [_openai_choice(answer, "", None)], model=""))]
-
-
-def _event(kind: str, **fields: object) -> bytes:
-    return b"event: " + kind.encode() + b"\n" + _sse({"type": kind} | fields)
-
-
-def _stop_reason(answer: Answer) -> str:
-    return "max_tokens" if answer.done_reason == "length" else "end_turn"
-
-
-def _anthropic_usage(answer: Answer) -> dict[str, int]:
-    return {"input_tokens": answer.prompt_tokens, "output_tokens": len(answer.tokens)}
-
-
-def _anthropic_message(answer: Answer) -> dict[str, Any]:
-    return {"id": answer.id, "type": "message", "role": "assistant", "model": answer.model}
-
-
-def _anthropic_begin(answer: Answer) -> Pieces:
-    guess = max(1, answer.prompt_tokens // 4)  # Ollama, too, says less here than at the end
-    message = _anthropic_message(answer) | {
-        "content": [],
-        "usage": {"input_tokens": guess, "output_tokens": 0},
-    }
-    block = {"type": "text", "text": ""}
-    return [_event("message_start", message=message), _event("content_block_start", index=0, content_block=block)]
-
-
-def _anthropic_token(answer: Answer, index: int, _wall_ns: int) -> bytes:
-    return _event("content_block_delta", index=0, delta={"type": "text_delta", "text": answer.tokens[index]})
-
-
-def _anthropic_finish(answer: Answer, _timing: Timing) -> Pieces:
-    delta = {"stop_reason": _stop_reason(answer)}
-    return [
-        _event("content_block_stop", index=0),
-        _event("message_delta", delta=delta, usage=_anthropic_usage(answer)),
-        _event("message_stop"),
-    ]
-
-
-def _anthropic_single(answer: Answer, _timing: Timing) -> bytes:
-    whole = _anthropic_message(answer) | {
-        "content": [{"type": "text", "text": answer.text}],
-        "stop_reason": _stop_reason(answer),
-        "usage": _anthropic_usage(answer),
-    }
-    return go_json(whole) + b"\n"
-
-
-_SSE_HEADERS = ((b"Content-Type", b"text/event-stream"),)
-NATIVE = Dialect(
-    stream_headers=((b"Content-Type", b"application/x-ndjson"),),
-    single_type=b"application/json; charset=utf-8",
-    begin=nothing,
-    token=_native_token,
-    finish=_native_finish,
-    single=_native_single,
-    killed=_native_killed,
-)
-OPENAI = Dialect(
-    stream_headers=_SSE_HEADERS,
-    single_type=b"application/json",
-    begin=nothing,
-    token=_openai_token,
-    finish=_openai_finish,
-    single=_openai_single,
-    killed=_openai_killed,
-)
-ANTHROPIC = Dialect(
-    stream_headers=((b"Cache-Control", b"no-cache"), *_SSE_HEADERS),
-    single_type=b"application/json",
-    begin=_anthropic_begin,
-    token=_anthropic_token,
-    finish=_anthropic_finish,
-    single=_anthropic_single,
-    killed=nothing,
-)
+def no_end(_answer: Answer, _timing: Timing) -> Pieces:
+    """Return no piece: some answers only come whole."""
+    return []

@@ -2,8 +2,8 @@
 
 `handle` gives a `Reply`, complete; or a `Generation`: a job for the scheduler and the answer to be made once
 it has started; or `Lines`, which come in their time. The recordings in tests/captures are the reference;
-`simulator.fakes.bodies` reads the bodies, `simulator.fakes.manage` answers what changes the models on disk,
-`simulator.fakes.blobs` takes the files of which models are made.
+`simulator.fakes.wishes` reads what is to be generated, `simulator.fakes.manage` answers what changes the models on
+disk, `simulator.fakes.blobs` takes the files of which models are made.
 """
 
 import ipaddress
@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 from simulator.fake_ollama import FakeModel, FakeOllama, Job, Work, canonical_name
+from simulator.fakes.account import ACCOUNT, KEY, is_key
 from simulator.fakes.answers import RUNNER_DIED, Answer, Api, Timing, go_json, hex_id, rfc3339
 from simulator.fakes.blobs import head_blob, is_blob, take_blob
-from simulator.fakes.bodies import ApiError, Wish, named, parse, wish
-from simulator.fakes.dialects import DIALECTS
+from simulator.fakes.bodies import ApiError, named, parse
+from simulator.fakes.dialects import dialect_of
 from simulator.fakes.embeddings import embed
 from simulator.fakes.listings import ps_line, shown, tags_line, v1_line
 from simulator.fakes.manage import copy, create, delete, pull, push
@@ -33,6 +34,7 @@ from simulator.fakes.replies import (
     Result,
     in_order,
 )
+from simulator.fakes.wishes import Wish, wish
 from simulator.faults import FaultKind
 
 __all__ = [
@@ -138,14 +140,14 @@ def busy_reply(path: str, moment: Moment) -> Reply:
 
 def single_reply(generation: Generation, timing: Timing) -> Reply:
     """Return a finished answer in one piece."""
-    dialect = DIALECTS[generation.answer.api]
+    dialect = dialect_of(generation.answer)
     headers = in_order(((b"Content-Type", dialect.single_type), *generation.headers))
     return Reply(200, headers, dialect.single(generation.answer, timing))
 
 
 def stream_headers(generation: Generation) -> HeaderPairs:
     """Return the headers of a streamed answer, but for Date and framing."""
-    return in_order(DIALECTS[generation.answer.api].stream_headers + generation.headers)
+    return in_order(dialect_of(generation.answer).stream_headers + generation.headers)
 
 
 def generates(path: str) -> bool:
@@ -249,14 +251,14 @@ def _v1_model(fake: FakeOllama, request: Request, _moment: Moment) -> Reply:
 
 
 def _generate(fake: FakeOllama, request: Request, moment: Moment) -> Result:
-    wanted = wish(Api(request.path), request.body, fake)
+    wanted = wish(Api(request.path), request, fake)
     answer = _answer(wanted, moment)
     if wanted.rendered is not None and not wanted.unload:
         return _debug_info(wanted, wanted.rendered, moment)
     if wanted.unload:
         notices = fake.unload(wanted.model.name, moment.now_ns)
         timing = Timing(0, 0, 0, 0, moment.wall_ns)
-        return Reply(200, JSON_CHARSET, DIALECTS[wanted.api].single(answer, timing), notices=tuple(notices))
+        return Reply(200, JSON_CHARSET, dialect_of(answer).single(answer, timing), notices=tuple(notices))
     work = Work.LOAD if wanted.done_reason == "load" else Work.GENERATE
     marks = (len(wanted.tokens),) if work is Work.GENERATE and wanted.tokens else ()
     job = Job(
@@ -268,12 +270,16 @@ def _generate(fake: FakeOllama, request: Request, moment: Moment) -> Result:
         marks=marks,
         prompt_tokens=wanted.prompt_tokens,
     )
-    return Generation(job, answer, failure=_no_images() if wanted.images else None)
+    return Generation(job, answer, failure=_blind(request.path, moment) if wanted.blind else None)
 
 
 def _answer(wanted: Wish, moment: Moment) -> Answer:
     number = int(hex_id(wanted.key, moment.serial, digits=8), 16) % 1000
-    ids = {Api.OPENAI_CHAT: f"chatcmpl-{number}", Api.OPENAI_COMPLETIONS: f"cmpl-{number}"}
+    ids = {
+        Api.OPENAI_CHAT: f"chatcmpl-{number}",
+        Api.OPENAI_COMPLETIONS: f"cmpl-{number}",
+        Api.RESPONSES: f"resp_{number}",
+    }
     return Answer(
         api=wanted.api,
         model=wanted.model_as_written,
@@ -286,6 +292,9 @@ def _answer(wanted: Wish, moment: Moment) -> Answer:
         usage=wanted.usage,
         context=not wanted.raw,
         logprobs=wanted.logprobs,
+        n_thoughts=wanted.n_thoughts,
+        call=wanted.call,
+        asked=wanted.asked,
     )
 
 
@@ -297,17 +306,19 @@ def _debug_info(wanted: Wish, rendered: str, moment: Moment) -> Reply:
     return _json(head | text | {"done": False, "_debug_info": {"rendered_template": rendered}})
 
 
-def _no_images() -> Reply:
-    """Return what comes of images that the model cannot see (capture: chat_images)."""
+def _blind(path: str, moment: Moment) -> Reply:
+    """Return what comes of images, or of a recording, for a model that can see and hear none (capture: chat_images)."""
     said = "image input is not supported - hint: if this is unexpected, you may need to provide the mmproj"
     inner = go_json({"error": {"code": 500, "message": said, "type": "server_error"}}).decode()
+    if path.startswith("/v1/"):
+        return error_reply(path, ApiError(500, inner), moment)
     return Reply(500, JSON, go_json({"error": inner}), chunked=True)
 
 
 _EMBEDDING = frozenset({Api.EMBED, Api.EMBEDDINGS, Api.OPENAI_EMBEDDINGS})
 _GENERATING: dict[str, Handler] = {str(api): embed if api in _EMBEDDING else _generate for api in Api}
 _READ: dict[str, Handler] = {"/": _root, "/api/version": _version, "/api/tags": _tags}
-_ROUTES: dict[str, dict[str, Handler]] = {
+_ROUTES: dict[str, Mapping[str, Handler]] = {
     **{path: {"HEAD": handler, "GET": handler} for path, handler in _READ.items()},
     **{path: {"POST": handler} for path, handler in _GENERATING.items()},
     "/api/ps": {"GET": _ps},
@@ -318,6 +329,7 @@ _ROUTES: dict[str, dict[str, Handler]] = {
     "/api/delete": {"DELETE": delete},
     "/api/copy": {"POST": copy},
     "/v1/models": {"GET": _v1_models},
+    **ACCOUNT,
 }
 _V1_MODEL: dict[str, Handler] = {"GET": _v1_model}
 _BLOB: dict[str, Handler] = {"HEAD": head_blob, "POST": take_blob}
@@ -328,4 +340,6 @@ def _methods(path: str) -> Mapping[str, Handler] | None:
         return _V1_MODEL
     if is_blob(path):
         return _BLOB
+    if is_key(path):
+        return KEY
     return _ROUTES.get(path)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from simulator.fake_ollama import FakeModel, FakeOllama, Job, Work, keep_alive_ns, runner_options
-from simulator.fakes.answers import Answer, Api, Dialect, Timing, go_json, nothing
+from simulator.fakes.answers import Answer, Api, Dialect, Timing, go_json, no_end, no_token, nothing
 from simulator.fakes.bodies import ApiError, check_options, named, parse
 from simulator.fakes.listings import digest
 from simulator.fakes.replies import Generation, Moment, Request
@@ -143,20 +143,12 @@ def _single_openai(answer: Answer, _timing: Timing) -> bytes:
     return _with({"object": "list", "data": None, "model": answer.model, "usage": usage}, "data", data) + b"\n"
 
 
-def _no_token(_answer: Answer, _index: int, _wall_ns: int) -> bytes:
-    return b""
-
-
-def _no_end(_answer: Answer, _timing: Timing) -> list[bytes]:
-    return []
-
-
 EMBED = Dialect(
     stream_headers=(),
     single_type=b"application/json; charset=utf-8",
     begin=nothing,
-    token=_no_token,
-    finish=_no_end,
+    token=no_token,
+    finish=no_end,
     single=_single,
     killed=nothing,
 )
@@ -164,8 +156,8 @@ EMBEDDINGS = Dialect(
     stream_headers=(),
     single_type=b"application/json; charset=utf-8",
     begin=nothing,
-    token=_no_token,
-    finish=_no_end,
+    token=no_token,
+    finish=no_end,
     single=_single_old,
     killed=nothing,
 )
@@ -173,8 +165,8 @@ OPENAI_EMBEDDINGS = Dialect(
     stream_headers=(),
     single_type=b"application/json",
     begin=nothing,
-    token=_no_token,
-    finish=_no_end,
+    token=no_token,
+    finish=no_end,
     single=_single_openai,
     killed=nothing,
 )

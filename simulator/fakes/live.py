@@ -24,7 +24,7 @@ from simulator.fakes.api import (
     single_reply,
     stream_headers,
 )
-from simulator.fakes.dialects import DIALECTS
+from simulator.fakes.dialects import dialect_of
 from simulator.faults import NO_EFFECT, Effect, Fault, FaultKind, active, next_change_ns
 
 
@@ -214,7 +214,7 @@ class LiveFake:
             await sink.reply(wanted.failure)
             return
         answer = wanted.answer
-        dialect = DIALECTS[answer.api]
+        dialect = dialect_of(answer)
         headers = stream_headers(wanted)
         started_ns = first_ns = now_ns()
         tokens = 0 if wanted.job.work is Work.LOAD else len(answer.tokens)
@@ -230,8 +230,8 @@ class LiveFake:
             if not index:
                 first_ns = now_ns()
             if answer.stream:
-                piece = dialect.token(answer, index, self.moment(0).wall_ns)
-                await sink.chunks(headers, [piece] if index else [*dialect.begin(answer), piece])
+                pieces = dialect.token(answer, index, self.moment(0).wall_ns)
+                await sink.chunks(headers, pieces if index else [*dialect.begin(answer), *pieces])
                 progress.written += 1
         if tokens and (breaks := self.effect().breaks_at(tokens)) is not None:
             await self._break(breaks, wanted, moment, sink, tokens)
@@ -274,9 +274,9 @@ class LiveFake:
         elif not answer.stream:
             raise Cut
         elif kind is FaultKind.ERROR_MIDSTREAM:
-            await sink.chunks(headers, DIALECTS[answer.api].killed(answer), last=True)
+            await sink.chunks(headers, dialect_of(answer).killed(answer), last=True)
         elif kind is FaultKind.END_MIDSTREAM:
             await sink.chunks(headers, [], last=True)
         else:
-            piece = DIALECTS[answer.api].token(answer, min(sent, len(answer.tokens) - 1), moment.wall_ns)
-            await sink.cut(headers, piece)
+            pieces = dialect_of(answer).token(answer, min(sent, len(answer.tokens) - 1), moment.wall_ns)
+            await sink.cut(headers, pieces[0])

@@ -30,6 +30,7 @@ class Request:
     host: str = "localhost"
     origin: str | None = None
     body: bytes = b""
+    content_type: str = ""
     upload: Upload | None = None  # in place of the body
 
 

@@ -17,6 +17,7 @@ REPAIRS = {
     "pull_unreachable": (b"\r\nac\r\n", b"\r\na8\r\n"),
     "pull_unreachable_single": (b"Content-Length: 171", b"Content-Length: 167"),
     "create_unknown_from": (b"\r\nb1\r\n", b"\r\nad\r\n"),
+    "experimental": (b"Content-Length: 135", b"Content-Length: 131"),
 }
 
 
