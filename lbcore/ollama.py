@@ -88,12 +88,10 @@ ROUTES: tuple[Route, ...] = (
         streams_by_default=True,
         generates=True,
     ),
-    Route("/v1/chat/completions", ("POST",), Strategy.SEQUENTIAL, _MANY, Shape.OPENAI, Ending.SSE_DONE, generates=True),
-    Route("/v1/completions", ("POST",), Strategy.SEQUENTIAL, _MANY, Shape.OPENAI, Ending.SSE_DONE, generates=True),
-    Route(
-        "/v1/responses", ("POST",), Strategy.SEQUENTIAL, _MANY, Shape.OPENAI, Ending.RESPONSE_COMPLETED, generates=True
-    ),
-    Route("/v1/messages", ("POST",), Strategy.SEQUENTIAL, _MANY, Shape.ANTHROPIC, Ending.MESSAGE_STOP, generates=True),
+    Route("/v1/chat/completions", ("POST",), Strategy.RACE, _MANY, Shape.OPENAI, Ending.SSE_DONE, generates=True),
+    Route("/v1/completions", ("POST",), Strategy.RACE, _MANY, Shape.OPENAI, Ending.SSE_DONE, generates=True),
+    Route("/v1/responses", ("POST",), Strategy.RACE, _MANY, Shape.OPENAI, Ending.RESPONSE_COMPLETED, generates=True),
+    Route("/v1/messages", ("POST",), Strategy.RACE, _MANY, Shape.ANTHROPIC, Ending.MESSAGE_STOP, generates=True),
     Route("/api/embed", ("POST",), Strategy.SEQUENTIAL, _ONE, generates=True, batches=True),
     Route("/api/embeddings", ("POST",), Strategy.SEQUENTIAL, _ONE, generates=True),
     Route("/v1/embeddings", ("POST",), Strategy.SEQUENTIAL, _ONE, Shape.OPENAI, generates=True, batches=True),
@@ -267,9 +265,11 @@ _OPENAI_TYPES: Mapping[int, str] = {
 
 def error_body(shape: Shape, status: int, message: str, request_id: str = "") -> bytes:
     """Return an error as the clients of `shape` expect it (captures: chat_no_model, v1_chat_unknown, …)."""
-    return json.dumps(
-        _error_object(shape, status, message, request_id), ensure_ascii=False, separators=(",", ":")
-    ).encode()
+    return _json(_error_object(shape, status, message, request_id))
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _error_object(shape: Shape, status: int, message: str, request_id: str) -> dict[str, Any]:
@@ -281,14 +281,17 @@ def _error_object(shape: Shape, status: int, message: str, request_id: str) -> d
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
-def error_tail(shape: Shape, message: str, request_id: str = "") -> bytes:
-    """Return what is written into a stream that has already begun, so that its end is not taken for a good one."""
-    body = error_body(shape, 500, message, request_id)
+def error_tail(shape: Shape, message: str, request_id: str = "", *, ending: Ending = Ending.FRAMING) -> bytes:
+    """Return what is written into a stream that has already begun, so that its end is not taken for a good one.
+
+    Where events have names (`ending`), so has this; OpenAI's own servers write theirs into /v1/responses like this.
+    """
+    what = _error_object(shape, 500, message, request_id)
     if shape is Shape.NATIVE:
-        return body + b"\n"
-    if shape is Shape.OPENAI:
-        return b"data: " + body + b"\n\n"
-    return b"event: error\ndata: " + body + b"\n\n"
+        return _json(what) + b"\n"
+    if shape is Shape.OPENAI and ending is not Ending.RESPONSE_COMPLETED:
+        return b"data: " + _json(what) + b"\n\n"
+    return b"event: error\ndata: " + _json({"type": "error", **what}) + b"\n\n"
 
 
 def model_not_found(model: str) -> str:

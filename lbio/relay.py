@@ -154,7 +154,8 @@ class Relay:
         # Else the server has told of the error itself, or of the end, and all that is missing is the end of the body.
         if not (answer.watcher.failed or answer.watcher.terminated):
             break_line = b"\n\n" if self._is_line_open else b""
-            tail = error_tail(self._exchange.request.shape, aborted, self._exchange.request.tag)
+            request = self._exchange.request
+            tail = error_tail(request.shape, aborted, request.tag, ending=request.route.ending)
             await self._client.write(self._framed(break_line + tail))
         if self._framing is Framing.CHUNKED:
             await self._client.write(LAST_CHUNK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -44,8 +45,11 @@ def preliminary_answer(head: RequestHead) -> LocalAnswer | None:
     path = head.path
     if len(path) > 1 and path.endswith("/") and find_route(path.rstrip("/")).methods:
         location = path.rstrip("/") + (f"?{head.query}" if head.query else "")
-        status = 301 if head.method == "GET" else 307
-        return LocalAnswer(status, b"", b"", ((b"Location", location.encode()),))
+        where = ((b"Location", location.encode()),)
+        if head.method == "GET":
+            page = f'<a href="{html.escape(location)}">Moved Permanently</a>.\n\n'
+            return LocalAnswer(301, b"text/html; charset=utf-8", page.encode(), where)
+        return LocalAnswer(307, b"", b"", where)
     route = find_route(path)
     if route.methods and head.method not in route.methods:
         allow = ", ".join(route.methods).encode()

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 from lbcore.ollama import Ending
 
@@ -33,8 +34,9 @@ class Mark(Enum):
 class _Format:
     """How one kind of stream is read.
 
-    Each `token` is one, but for those of lines with a mark. Every line whose mark is not NONE has in it what
-    `suspicious` finds, or `marker`: a plain search for it costs less than one more branch of the pattern.
+    Each `token` is one, but for those of lines with a mark, and those before the first one that `says` something. Every
+    line whose mark is not NONE has in it what `suspicious` finds, or `marker`: a plain search for it costs less than
+    one more branch of the pattern.
     """
 
     separator: bytes  # ends a line (an event)
@@ -42,6 +44,7 @@ class _Format:
     suspicious: re.Pattern[bytes]
     judge: Callable[[bytes], Mark]
     marker: bytes = b"\0"
+    says: Callable[[bytes], bool] | None = None  # None: all do
 
     def with_crlf(self) -> _Format:
         """Return how the same is read where lines end with CR LF."""
@@ -82,6 +85,25 @@ def _judge_openai(line: bytes) -> Mark:
     return Mark.BESIDES if _OPENAI_BESIDES.search(line) is not None else Mark.NONE
 
 
+def _says_something(event: bytes) -> bool:
+    """Tell whether an event has more in it than who speaks: that, or a comment, may come long before the first token.
+
+    What cannot be read is taken for something, as any member is that is not known here.
+    """
+    data = next((line[5:] for line in event.split(b"\n") if line.startswith(b"data:")), None)
+    if data is None:
+        return False
+    try:
+        return any(map(_has_text, json.loads(data)["choices"]))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return True
+
+
+def _has_text(choice: dict[str, Any]) -> bool:
+    delta = choice.get("delta") or {"text": choice.get("text")}
+    return any(value and name != "role" for name, value in delta.items())
+
+
 def _judge_events(complete: tuple[bytes, ...], failed: tuple[bytes, ...]) -> Callable[[bytes], Mark]:
     def judge(line: bytes) -> Mark:
         if not line.startswith(b"event:"):
@@ -100,7 +122,12 @@ _FORMATS: Mapping[Ending, _Format] = {
     Ending.NDJSON_DONE: _Format(b"\n", b"\n", re.compile(rb'"done"\s*:\s*true|"error"\s*:'), _judge_ndjson),
     Ending.NDJSON_SUCCESS: _Format(b"\n", b"\n", re.compile(rb'"success"|"error"\s*:'), _judge_ndjson),
     Ending.SSE_DONE: _Format(
-        b"\n\n", b"\n\n", re.compile(rb'"(?:error"\s*:|%s)' % _BESIDES), _judge_openai, marker=b"[DONE]"
+        b"\n\n",
+        b"\n\n",
+        re.compile(rb'"(?:error"\s*:|%s)' % _BESIDES),
+        _judge_openai,
+        marker=b"[DONE]",
+        says=_says_something,
     ),
     Ending.RESPONSE_COMPLETED: _Format(
         b"\n\n",
@@ -150,7 +177,8 @@ class Watcher:
         if self.partial or end < len(data):
             self.partial = bytearray(data[end:])
         self.at_line_start = not self.partial
-        if form.suspicious.search(data, 0, end) is not None or data.find(form.marker, 0, end) >= 0:
+        begun = self.n_tokens or form.says is None
+        if not begun or form.suspicious.search(data, 0, end) is not None or data.find(form.marker, 0, end) >= 0:
             return self._inspect(form, data[:end])
         n_tokens = data.count(form.token, 0, end)
         self.n_tokens += n_tokens
@@ -179,13 +207,30 @@ class Watcher:
         return True
 
     def _inspect(self, form: _Format, lines: bytes) -> int:
-        """Judge every line; neither the terminator nor an error is a token."""
-        n_tokens = lines.count(form.token)
+        """Judge every line; neither the terminator nor an error is a token, nor anything before the first one."""
+        begin = 0 if self.n_tokens else _first(form, lines)
+        n_tokens = lines.count(form.token, begin)
+        at = 0
         for line in lines.split(b"\n"):
             if form.suspicious.search(line) is not None or form.marker in line:
                 mark = form.judge(line)
                 self.complete = self.complete or mark is Mark.COMPLETE
                 self.failed = self.failed or mark is Mark.FAILED
-                n_tokens -= mark is not Mark.NONE and form.token == form.separator
+                n_tokens -= mark is not Mark.NONE and form.token == form.separator and at >= begin
+            at += len(line) + 1
         self.n_tokens += max(0, n_tokens)
         return max(0, n_tokens)
+
+
+def _first(form: _Format, lines: bytes) -> int:
+    """Return where the first event begins that says something; the end of all if none does."""
+    at = 0
+    while form.says is not None:
+        end = lines.find(form.separator, at)
+        if end < 0:
+            return len(lines)
+        event = lines[at:end]
+        if form.says(event) and form.judge(event) is Mark.NONE:
+            break
+        at = end + len(form.separator)
+    return at

@@ -4,7 +4,7 @@
 
 Every policy is applied to the scenario's own configuration: servers, health, probes, timeouts, retries and the queue
 stay as they are; only what the policy is about is replaced. Policies that race or hedge do so on the routes that race
-by default (`/api/chat`, `/api/generate`); all other routes go to one server after the other.
+by default (`/api/chat`, `/v1/messages`, …); all other routes go to one server after the other.
 """
 
 from __future__ import annotations

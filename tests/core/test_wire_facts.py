@@ -68,6 +68,14 @@ def test_a_broken_stream_ends_in_the_framing_of_its_path_and_not_as_a_good_one(n
     assert "it broke" in json.dumps(json.loads(data))
 
 
+def test_a_broken_stream_of_responses_ends_with_an_event_of_that_name_as_clients_of_openai_expect() -> None:
+    tail = error_tail(Shape.OPENAI, "it broke", ending=find_route("/v1/responses").ending).decode()
+    event, data, *rest = tail.split("\n")
+    assert (event, rest) == ("event: error", ["", ""])
+    told = json.loads(data.removeprefix("data: "))
+    assert told == {"type": "error", **json.loads(error_body(Shape.OPENAI, 500, "it broke"))}
+
+
 def test_the_error_line_of_a_native_stream_is_the_recorded_ones_shape() -> None:
     _, _, body = recorded("chat_runner_killed_midstream")
     (line,) = [line for line in body.splitlines() if line.startswith('{"error"')]

@@ -212,10 +212,10 @@ routes
   /api/show                 sequential
   /api/chat                 race: 1 racer, up to 2 within the budget; 1 hedge; winner most-tokens within 2s
   /api/generate             hedge: 1 hedge; winner most-tokens within 2s
-  /v1/chat/completions      sequential
-  /v1/completions           sequential
-  /v1/responses             sequential
-  /v1/messages              sequential
+  /v1/chat/completions      race: 1 racer, up to 2 within the budget; 1 hedge; winner most-tokens within 2s
+  /v1/completions           race: 1 racer, up to 2 within the budget; 1 hedge; winner most-tokens within 2s
+  /v1/responses             race: 1 racer, up to 2 within the budget; 1 hedge; winner most-tokens within 2s
+  /v1/messages              race: 1 racer, up to 2 within the budget; 1 hedge; winner most-tokens within 2s
   /api/embed                sequential
   /api/embeddings           sequential
   /v1/embeddings            sequential

@@ -19,6 +19,8 @@ MESSAGE_TOKEN = b'event: content_block_delta\ndata: {"type":"content_block_delta
 SSE_LAST = b'data: {"model":"m","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
 SSE_USAGE = b'data: {"model":"m","choices":[],"usage":{"completion_tokens":4}}\n\n'
 SSE_DEAD = b'data: {"model":"","choices":[{"index":0,"delta":{"content":""},"finish_reason":null}]}\n\n'
+SSE_ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
+SSE_THOUGHT = SSE_ROLE.replace(b'"content":""', b'"content":"","reasoning":"hm"')
 SSE_CALL = b'{"tool_calls":[{"function":{"name":"f","arguments":"{}"}}]}'
 SSE_QUOTES = b"data: %s\n\n" % json.dumps(
     {"model": "m", "choices": [{"delta": {"content": '"finish_reason":"stop","choices":[]'}}]}
@@ -82,6 +84,18 @@ STORIES: list[tuple[str, Ending, bytes, Verdict]] = [
     ("SSE that ends with a tool's call", CHAT_SSE, SSE_LAST.replace(b"{}", SSE_CALL), (False, False, 1)),
     ("SSE that speaks of why it ends", CHAT_SSE, SSE_QUOTES, (False, False, 1)),
     ("SSE of a runner that died", CHAT_SSE, SSE_TOKEN + SSE_DEAD, (False, False, 1)),
+    ("SSE that only says who speaks", CHAT_SSE, SSE_ROLE + SSE_ROLE.replace(b'""', b"null"), (False, False, 0)),
+    ("SSE that says first who speaks", CHAT_SSE, SSE_ROLE + SSE_TOKEN * 2 + b"data: [DONE]\n\n", (True, False, 2)),
+    ("SSE with an empty chunk amid others", CHAT_SSE, SSE_TOKEN + SSE_ROLE + SSE_TOKEN, (False, False, 3)),
+    ("SSE that begins with a comment", CHAT_SSE, b": wait\n\n: wait\n\n" + SSE_TOKEN, (False, False, 1)),
+    ("SSE that begins with what it used", CHAT_SSE, SSE_USAGE + SSE_TOKEN, (False, False, 1)),
+    ("SSE that begins with a thought", CHAT_SSE, SSE_ROLE + SSE_THOUGHT, (False, False, 1)),
+    ("SSE that begins with a call", CHAT_SSE, SSE_ROLE.replace(b'{"role":"assistant","content":""}', SSE_CALL),
+     (False, False, 1)),
+    ("SSE in words that nobody knows", CHAT_SSE, b"data: hello\n\n", (False, False, 1)),
+    ("SSE whose text says who speaks", CHAT_SSE, SSE_TOKEN.replace(b"x", b'\\"role\\":'), (False, False, 1)),
+    ("completions that begin with nothing", CHAT_SSE, TEXT_TOKEN.replace(b'"x"', b'""') + TEXT_TOKEN,
+     (False, False, 1)),
     ("completions", CHAT_SSE, TEXT_TOKEN + TEXT_LAST + b"data: [DONE]\n\n", (True, False, 1)),
     ("messages with all that is around", MESSAGES, (MESSAGE_TOKEN * 2).join(MESSAGE_FRAME), (True, False, 2)),
     ("messages that speak of a token", MESSAGES, MESSAGE_TOKEN.replace(b"{", MESSAGE_QUOTES), (False, False, 1)),
@@ -165,6 +179,7 @@ def test_no_text_is_taken_for_an_end(texts: list[str]) -> None:
     ("v1_chat_stream", CHAT_SSE, True, False),
     ("v1_completions_stream", CHAT_SSE, True, False),
     ("v1_messages_stream", MESSAGES, True, False),
+    ("v1_responses_stream", Ending.RESPONSE_COMPLETED, True, False),
     ("chat_runner_killed_midstream", CHAT, False, True),
     ("chat_sigterm_midstream", CHAT, False, False),
     ("v1_chat_runner_killed_midstream", CHAT_SSE, False, False),
@@ -183,6 +198,7 @@ def test_recordings(name: str, ending: Ending, complete: bool, failed: bool) -> 
     ("v1_chat_stream_usage", CHAT_SSE, 4),
     ("v1_completions_stream", CHAT_SSE, 4),
     ("v1_messages_stream", MESSAGES, 4),
+    ("v1_responses_stream", Ending.RESPONSE_COMPLETED, 4),
 ])  # fmt: skip
 def test_as_many_tokens_as_the_recording_says(name: str, ending: Ending, n_tokens: int) -> None:
     assert watched(ending, parse(load(name).response).body)[2] == n_tokens

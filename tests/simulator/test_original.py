@@ -82,7 +82,7 @@ def test_one_racer_may_be_a_dead_server() -> None:
 def test_other_routes_go_to_one_server() -> None:
     book = told()
     assert len(book.race(1, route="/api/show")) == 1
-    (only,) = book.race(2, route="/v1/messages")
+    (only,) = book.race(2, route="/api/embed")
     book.token(only) << CommitAttempt(2, only.id)  # and nothing is waited for
 
 

@@ -95,13 +95,13 @@ def test_configuring_twice_is_configuring_once_and_leaves_the_rest_alone(name: s
 @pytest.mark.parametrize("name", POLICIES)
 def test_only_what_races_or_hedges_by_name_does(name: str) -> None:
     race = RaceSettings(racers_max=5)
-    before = Config(race=race, routes={**default_routes(race), "/v1/messages": RouteSettings(strategy=Strategy.HEDGE)})
+    before = Config(race=race, routes={**default_routes(race), "/api/show": RouteSettings(strategy=Strategy.HEDGE)})
     routes = policy(name).configure(before).routes
     strategy = Strategy.HEDGE if name.startswith("hedge") else Strategy.SEQUENTIAL
     if name.startswith("race") or name == "original":
         strategy = Strategy.RACE
-    assert {routes[path].strategy for path in ("/api/chat", "/api/generate")} == {strategy}
-    assert routes["/v1/messages"] == RouteSettings()
+    assert {routes[path].strategy for path in ("/api/chat", "/api/generate", "/v1/messages")} == {strategy}
+    assert routes["/api/show"] == RouteSettings()
     assert routes["/api/tags"].strategy is Strategy.AGGREGATE
 
 
