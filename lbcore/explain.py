@@ -24,7 +24,7 @@ from lbcore.placement import is_in_doubt
 from lbcore.records import TTFT_UNKNOWN_NS, Request, Server, ServerModel
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.states import ServerState
-from lbcore.trace import Replay
+from lbcore.trace import Replay, Start
 from lbcore.units import counted
 
 
@@ -91,9 +91,9 @@ class UnknownRequestError(LookupError):
 _OUTCOMES = frozenset({"finished", "failed", "rejected", "aborted"})
 
 
-def explain_at(lines: Iterable[str], request_id: int) -> Explanation:
+def explain_at(lines: Iterable[str], request_id: int, start: Start | None = None) -> Explanation:
     """Replay a log and explain one request. Raises LogError, and UnknownRequestError when it is not in there."""
-    steps = explaining(lines, request_id)
+    steps = explaining(lines, request_id, start)
     while True:
         try:
             next(steps)
@@ -102,11 +102,20 @@ def explain_at(lines: Iterable[str], request_id: int) -> Explanation:
             return told
 
 
-def explaining(lines: Iterable[str], request_id: int) -> Generator[None, None, Explanation]:
-    """Do the same, call by call, for who has other things to do in between; the explanation is what it returns."""
+def explaining(
+    lines: Iterable[str], request_id: int, start: Start | None = None
+) -> Generator[None, None, Explanation]:
+    """Do the same, call by call, for who has other things to do in between; the explanation is what it returns.
+
+    With a `start` the lines are calls and nothing else.
+    """
     told = Explanation(request_id)
     watcher = _Watcher(told)
-    replay = Replay(lines, before=lambda event, now_ns, line: watcher.before(replay.balancer, event, now_ns, line))
+    replay = Replay(
+        lines,
+        before=lambda event, now_ns, line: watcher.before(replay.balancer, event, now_ns, line),
+        start=start,
+    )
     watcher.known = dict.fromkeys(replay.balancer.ledger.requests)
     for step in replay:
         watcher.after(step.line, step.now_ns, step.recorded)

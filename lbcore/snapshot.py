@@ -32,7 +32,7 @@ class SnapshotError(CoreError):
     """A state cannot be written, or what is to be loaded is none of this version."""
 
 
-_VALUES: tuple[type, ...] = (
+VALUES: tuple[type, ...] = (
     config.Config,
     config.HealthSettings,
     config.ModelSettings,
@@ -67,7 +67,7 @@ _SHARED: tuple[type, ...] = (
 )
 """Changed in place, or the same for many: written once, whoever refers to it."""
 
-_ENUMS: tuple[type[Enum], ...] = (
+ENUMS: tuple[type[Enum], ...] = (
     commands.AttemptKind,
     commands.Work,
     config.Policy,
@@ -82,7 +82,7 @@ _ENUMS: tuple[type[Enum], ...] = (
     timers.TimerKind,
 )
 
-CLASSES: Mapping[str, type] = {cls.__name__: cls for cls in (*_VALUES, *_SHARED, *_ENUMS)}
+CLASSES: Mapping[str, type] = {cls.__name__: cls for cls in (*VALUES, *_SHARED, *ENUMS)}
 """All that can stand in a snapshot beside the types of JSON, tuples, deques and generators."""
 
 _PARTS = ("timers", "fleet", "ledger", "placement", "provision", "_requests", "_attempts")
@@ -91,7 +91,7 @@ _PARTS = ("timers", "fleet", "ledger", "placement", "provision", "_requests", "_
 _CACHES = frozenset({("Fleet", "_holders")})
 """(class, attribute) of what fills again by itself."""
 
-_PLAIN = frozenset({type(None), bool, int, float, str})
+PLAIN = frozenset({type(None), bool, int, float, str})
 _REDACTED: Mapping[type, Callable[[Any], Any]] = {
     events.ActiveModel: lambda model: dataclasses.replace(model, entry=""),
     events.ModelInfo: lambda model: dataclasses.replace(model, digest="", modified_at="", entry=""),
@@ -116,7 +116,7 @@ def _is_dispatch_table(value: object) -> bool:
     return isinstance(value, dict) and bool(value) and all(callable(item) for item in value.values())
 
 
-def _state_of(part: object, wiring: Iterable[object]) -> Iterator[tuple[str, Any]]:
+def state_of(part: object, wiring: Iterable[object]) -> Iterator[tuple[str, Any]]:
     """Yield the attributes of a part that are its state: neither other parts, nor functions, nor caches."""
     for name, value in _attributes(part):
         wired = any(value is other for other in wiring) or callable(value) or _is_dispatch_table(value)
@@ -124,14 +124,16 @@ def _state_of(part: object, wiring: Iterable[object]) -> Iterator[tuple[str, Any
             yield name, value
 
 
-def _parts(balancer: LoadBalancer) -> Iterator[tuple[str, object]]:
+def parts_of(balancer: LoadBalancer) -> Iterator[tuple[str, object]]:
+    """Yield what holds the state of a balancer, by name: itself and its parts."""
     yield "", balancer
     for name in _PARTS:
         yield name, getattr(balancer, name)
 
 
-def _wiring(balancer: LoadBalancer) -> list[object]:
-    return [balancer.config, balancer._out, *(part for _, part in _parts(balancer))]  # noqa: SLF001
+def wiring_of(balancer: LoadBalancer) -> list[object]:
+    """Return what the parts of a balancer refer to each other by, which is no state."""
+    return [balancer.config, balancer._out, *(part for _, part in parts_of(balancer))]  # noqa: SLF001
 
 
 # --- writing -----------------------------------------------------------------------------------------------
@@ -144,10 +146,10 @@ def take(balancer: LoadBalancer) -> dict[str, Any]:
     """
     encoder = _Encoder()
     settings = encoder.encode(balancer.config)
-    wiring = _wiring(balancer)
+    wiring = wiring_of(balancer)
     parts = {}
-    for name, part in _parts(balancer):
-        parts[name] = {key: encoder.encode(value) for key, value in _state_of(part, wiring)}
+    for name, part in parts_of(balancer):
+        parts[name] = {key: encoder.encode(value) for key, value in state_of(part, wiring)}
     return {"classes": encoder.classes, "config": settings, "parts": parts}
 
 
@@ -170,7 +172,7 @@ class _Encoder:
     def encode(self, value: Any) -> Any:
         """Return a value as JSON can write it."""
         kind = type(value)
-        if kind in _PLAIN:
+        if kind in PLAIN:
             return value
         known = self._kinds.get(kind)
         if known is None:
@@ -178,7 +180,7 @@ class _Encoder:
         return known(value)
 
     def _items(self, values: Iterable[Any]) -> list[Any]:
-        encode, plain = self.encode, _PLAIN
+        encode, plain = self.encode, PLAIN
         return [value if type(value) in plain else encode(value) for value in values]
 
     def _dict(self, value: Mapping[Any, Any]) -> dict[str, Any]:
@@ -195,7 +197,7 @@ class _Encoder:
         get = attrgetter(*names)  # of two or more: one alone would come without a tuple
         if len(names) < 2:
             raise SnapshotError(f"{name} holds less than two values")
-        if kind in _VALUES:
+        if kind in VALUES:
             redacted = _REDACTED.get(kind, _as_it_is)
             return lambda value: {"v": [name, self._items(get(redacted(value)))]}
         if kind is records.Server:
@@ -238,18 +240,19 @@ def load(state: Any, placement_type: Callable[[config.Config, Any, Random], Plac
         decoder = _Decoder(state["classes"])
         balancer = LoadBalancer(decoder.decode(state["config"]), Random(0), placement_type)
         parts = state["parts"]
-        for name, part in _parts(balancer):
+        for name, part in parts_of(balancer):
             known = dict(_attributes(part))
             for key, value in parts[name].items():
                 if key not in known:
                     raise SnapshotError(f"{type(part).__name__} has no {key!r} in this version")
-                _set(part, key, decoder.decode(value, known[key]))
+                put(part, key, decoder.decode(value, known[key]))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise SnapshotError(f"it is no state of a balancer ({type(error).__name__}: {error})") from error
     return balancer
 
 
-def _set(owner: object, name: str, value: object) -> None:
+def put(owner: object, name: str, value: object) -> None:
+    """Set an attribute, whatever its owner says."""
     object.__setattr__(owner, name, value)  # settings and events are frozen for all others
 
 
@@ -270,7 +273,7 @@ class _Decoder:
 
     def decode(self, encoded: Any, existing: Any = None) -> Any:
         """Return a value; `existing` is filled with it where that can be."""
-        if type(encoded) in _PLAIN:
+        if type(encoded) in PLAIN:
             return encoded
         if isinstance(encoded, list):
             items = [self.decode(item) for item in encoded]
@@ -328,7 +331,7 @@ class _Decoder:
 
     def _fill(self, value: Any, name: str, fields: list[Any]) -> None:
         for key, field in zip(self._fields[name], fields, strict=True):
-            _set(value, key, self.decode(field, getattr(value, key, None)))
+            put(value, key, self.decode(field, getattr(value, key, None)))
 
     def _reference(self, number: Any, _: Any) -> object:
         return self._objects[number]

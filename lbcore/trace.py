@@ -23,7 +23,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from lbcore import __version__, snapshot
 from lbcore.balancer import LoadBalancer
@@ -82,19 +82,20 @@ class Recorder(Witness):
         state = snapshot.take(self.plain)
         self._pending.clear()  # the state has them
         self._lines = Lines(self._now_ns)
-        self._write(header_line(self._now_ns, self._started(), self._seed))
+        header = {
+            MARK: FORMAT,
+            "program": __version__,
+            "started": self._started(),
+            "seed": self._seed,
+            "now_ns": self._now_ns,
+        }
+        self._write(dumps(header) + "\n")
         self._write(dumps(state) + "\n")
 
     def note(self, event: Event | None, outcome: list[Command] | Raised, now_ns: int, chunks: Chunks) -> None:
         """Write a call."""
         self._now_ns = now_ns
         self._write(self._lines.line(event, outcome, now_ns, chunks))
-
-
-def header_line(now_ns: int, started: str = "", seed: int | None = None) -> str:
-    """Return the first line of a log that begins at `now_ns` of the core's clock, at `started` of the day's."""
-    header = {MARK: FORMAT, "program": __version__, "started": started, "seed": seed, "now_ns": now_ns}
-    return dumps(header) + "\n"
 
 
 # --- replaying ---------------------------------------------------------------------------------------------
@@ -118,12 +119,20 @@ class Step:
         return self.recorded == self.replayed
 
 
+class Start(NamedTuple):
+    """A balancer as it was before the first of some calls, and the time of the last one before them."""
+
+    balancer: LoadBalancer
+    now_ns: int
+
+
 class Replay:
     """Makes the calls of a log again: iterate over its steps. Raises LogError for what cannot be read.
 
     `balancer` is the replayed core, in the state after the last step; `before` is called ahead of each call with the
     event, its time and the line, so that one can look at the state in which it found the core. `truncated` is the
-    number of the last line if the log breaks off in it, as when the program was killed.
+    number of the last line if the log breaks off in it, as when the program was killed. With a `start` the lines are
+    calls and nothing else; its balancer is the one that is replayed.
     """
 
     def __init__(
@@ -132,13 +141,14 @@ class Replay:
         *,
         before: Callable[[Event | None, int, str], None] | None = None,
         placement_type: Callable[[Config, Any, Random], Placement] = Placement,
+        start: Start | None = None,
     ) -> None:
         self._before = before
         self._numbered = enumerate(lines, 1)
         self.truncated: int | None = None
-        self.header = self._read_header()
+        self.header = self._read_header() if start is None else {"now_ns": start.now_ns}
         self._now_ns: int = self.header["now_ns"]
-        self.balancer = self._read_state(placement_type)
+        self.balancer = self._read_state(placement_type) if start is None else start.balancer
 
     def _read_header(self) -> dict[str, Any]:
         number, line = next(self._numbered, (1, ""))

@@ -38,6 +38,7 @@ class Witness(LoadBalancer):
         self.provision = balancer.provision
         self.next_deadline = balancer.next_deadline
         self.balancer = balancer
+        self._handle = balancer.handle
         self.plain: LoadBalancer = balancer.plain if isinstance(balancer, Witness) else balancer
         self._pending: dict[int, list[Any]] = {}  # attempt: bytes, tokens, time of the last, paused
 
@@ -45,13 +46,20 @@ class Witness(LoadBalancer):
         """Take a call: its event (None for `handle_timeout`), what came of it, and the chunks before it."""
         raise NotImplementedError
 
+    def arriving(self, now_ns: int) -> None:
+        """Look at the state before a request comes."""
+
     def handle(self, event: Event, now_ns: int) -> list[Command]:
         """As `LoadBalancer.handle`."""
-        if type(event) not in EVENT_CODES:
+        kind, chunks = type(event), _NO_CHUNKS
+        if kind is events.RequestArrived:
+            self.arriving(now_ns)
+        elif kind not in EVENT_CODES:
             return self.balancer.handle(event, now_ns)  # which refuses it
-        chunks = self._chunks_seen_by(event) if self._pending else _NO_CHUNKS
+        elif self._pending:
+            chunks = self._chunks_seen_by(event)
         try:
-            outcome = self.balancer.handle(event, now_ns)
+            outcome = self._handle(event, now_ns)
         except Exception as error:
             self.note(event, type(error).__name__, now_ns, chunks)
             raise
@@ -104,8 +112,6 @@ class Witness(LoadBalancer):
         if attempt_id is not None:
             attempt = self.ledger.attempts.get(attempt_id)
             return _NO_CHUNKS if attempt is None else self._of_request(attempt.request)  # None: it comes late
-        if isinstance(event, events.RequestArrived):
-            return _NO_CHUNKS
         if isinstance(event, events.DownstreamClosed):
             return self._of_request(self.ledger.requests.get(event.request_id))
         return self._on_server(event.server_id) if isinstance(event, _OF_SERVERS) else self._all_chunks()

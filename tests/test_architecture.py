@@ -34,6 +34,7 @@ PURE = frozenset(
         "re",
         "types",
         "typing",
+        "zlib",
         "lbcore",
     ]
 )

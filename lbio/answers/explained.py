@@ -55,11 +55,11 @@ class Explainer:
         if isinstance(request_id, LocalAnswer):
             return request_id
         async with self._turn:
-            lines = self._memory.lines_about(request_id)
-            if lines is None:
+            found = self._memory.about(request_id)
+            if found is None:
                 return self._unknown(request_id)
             try:
-                return await in_slices(explaining(lines, request_id))
+                return await in_slices(explaining(found.lines, request_id, found.start))
             except UnknownRequestError:
                 return _error(404, f"request {request_id} came before all that is remembered; it is still under way")
 

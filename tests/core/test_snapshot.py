@@ -20,6 +20,7 @@ from lbcore.balancer import LoadBalancer
 from lbcore.commands import Command
 from lbcore.config import Config
 from lbcore.events import Event, Reason
+from lbcore.fork import fork
 from lbcore.loglines import as_array
 from lbcore.snapshot import SnapshotError, fields_of, load, take
 from tests.core import test_machine
@@ -29,7 +30,7 @@ from tests.playbook import arrival, fleet, many
 # They use a balancer, or are none of its business.
 ABOVE = {
     f"lbcore.{name}"
-    for name in ("progress", "loglines", "trace", "comparison", "explain", "invariants", "memory", "witness")
+    for name in ("progress", "loglines", "trace", "comparison", "explain", "invariants", "memory", "witness", "fork")
 }
 STATELESS = {
     "Setting", "Field", "Route", "Ending", "BodyFacts", "Problem", "RouteTable",  # known before anything happens
@@ -42,10 +43,15 @@ def reloaded(balancer: LoadBalancer) -> LoadBalancer:
     return load(json.loads(json.dumps(take(balancer))))
 
 
+AGAIN = {"a snapshot": reloaded, "a fork": fork}
+"""How a second balancer is made that is to go on as the first."""
+
+
 class Twins(LoadBalancer):
     """A balancer beside one that is loaded anew, from the state of the first, every few calls."""
 
     every = 1
+    again = "a snapshot"
 
     def __init__(self, config: Config, rng: Random) -> None:
         super().__init__(config, rng)
@@ -57,7 +63,7 @@ class Twins(LoadBalancer):
         self._n_calls += 1
         if self._n_calls % self.every == 0 or self._n_calls == 1:
             plain = _plain(self)
-            self._twin = reloaded(plain)
+            self._twin = AGAIN[self.again](plain)
             assert take(self._twin) == take(plain)
 
     def handle(self, event: Event, now_ns: int) -> list[Command]:
@@ -93,9 +99,13 @@ def _plain(twins: Twins) -> LoadBalancer:
     return plain
 
 
+@pytest.mark.parametrize("again", AGAIN)
 @pytest.mark.parametrize("every", [1, 7])
-def test_a_loaded_balancer_goes_on_as_the_first_whatever_happens(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_balancer_goes_on_as_the_first_whatever_happens(
+    every: int, again: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Twins, "every", every)
+    monkeypatch.setattr(Twins, "again", again)
     monkeypatch.setattr(test_machine, "LoadBalancer", Twins)
     run_state_machine_as_test(
         test_machine.Machine,
@@ -116,15 +126,28 @@ def test_a_long_run_is_the_same_when_the_balancer_is_loaded_anew_now_and_then(mo
     assert digest_of_a_run(3, 1500) == alone
 
 
-def test_what_refers_to_one_thing_does_so_again() -> None:
+@pytest.mark.parametrize("again", AGAIN)
+def test_what_refers_to_one_thing_does_so_again(again: str) -> None:
     book = fleet("a b", routes=many(racers_min=2, racers_max=2))
     first, _ = book.race(1)
-    other = reloaded(book.balancer)
+    other = AGAIN[again](book.balancer)
     attempt = other.ledger.attempts[first.id]
     assert attempt.request is other.ledger.requests[1]
     assert attempt in attempt.request.live_attempts
     assert attempt.server is other.fleet.servers[1]
     assert attempt.target is attempt.server.models["m:latest"]
+
+
+def test_what_one_balancer_does_changes_nothing_of_a_fork_of_it() -> None:
+    book = fleet("a b", routes=many(racers_min=2, racers_max=2))
+    first, second = book.race(1)
+    other = fork(book.balancer)
+    before = take(other)
+    book.head(first, second)
+    book.failed(first, Reason.RESET).skip()
+    book.race(2)
+    book.after(60_000).skip()
+    assert take(other) == before
 
 
 def test_what_servers_said_is_not_in_it() -> None:
@@ -175,8 +198,9 @@ class Stranger:
 def test_a_part_or_record_with_something_unknown_in_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     book = fleet("a b")
     book.balancer.fleet.stranger = Stranger()  # type: ignore[attr-defined]
-    with pytest.raises(SnapshotError, match=r"Stranger in the state of the core is not known"):
-        take(book.balancer)
+    for write in (take, fork):
+        with pytest.raises(SnapshotError, match=r"Stranger in the state of the core is not known"):
+            write(book.balancer)
     del book.balancer.fleet.stranger  # type: ignore[attr-defined]
     book.server("a").last_error = Stranger()  # type: ignore[assignment]
     with pytest.raises(SnapshotError, match="Stranger"):
