@@ -50,24 +50,32 @@ class Admin:
         """Tell whether a path is one of ours."""
         return path in self._methods or path.startswith(_PREFIXES)
 
-    async def answer(self, head: RequestHead, body: bytes, peer: str, *, has_key: bool = False) -> LocalAnswer:
-        """Carry out a management request from `peer`; one whose key allows it may come from anywhere."""
+    def why_not(self, head: RequestHead, peer: str, *, has_key: bool = False) -> str:
+        """Return why a request from `peer` may not manage, "" if it may; one whose key allows it may from anywhere."""
         is_open = has_key or self._driver.app.admin.allow is AdminAccess.ANY
         if not is_open and (why := _why_foreign(head, peer)):
-            return _error(
-                403, f'management is allowed from this machine only, and {why} (admin.allow = "any" opens it to all)'
-            )
+            return f'management is allowed from this machine only, and {why} (admin.allow = "any" opens it to all)'
         if not _has_local_origin(head):
-            return _error(403, "management is not allowed to web pages from elsewhere (the Origin header is foreign)")
+            return "management is not allowed to web pages from elsewhere (the Origin header is foreign)"
+        return ""
+
+    async def answer(self, head: RequestHead, body: bytes, peer: str, *, has_key: bool = False) -> LocalAnswer:
+        """Carry out a management request."""
+        if why := self.why_not(head, peer, has_key=has_key):
+            return _error(403, why)
         prefix = next((prefix for prefix in _PREFIXES if head.path.startswith(prefix)), "")
         method, carry_out = self._methods[prefix or head.path]
         if head.method != method and not (method == "GET" and head.method == "HEAD"):
             return LocalAnswer(405, b"text/plain", b"405 method not allowed", ((b"Allow", method.encode()),))
         return await carry_out(head, body)
 
-    async def _status(self, head: RequestHead, _body: bytes) -> LocalAnswer:
+    def told(self) -> dict[str, Any]:
+        """Return what /status tells."""
         shares = {job.id: job.share for job in self._driver.jobs.values()}
-        told = status(self._driver.balancer, self._driver.totals, self._driver.clock(), shares)
+        return status(self._driver.balancer, self._driver.totals, self._driver.clock(), shares)
+
+    async def _status(self, head: RequestHead, _body: bytes) -> LocalAnswer:
+        told = self.told()
         if _wants_text(head):
             return LocalAnswer(200, TEXT, as_table(told).encode())
         return json_answer(200, told)

@@ -26,7 +26,8 @@ PAUSE_S = 0.001
 """Between two slices, so that one who asks and asks again leaves a third of the time, and more, to others."""
 
 _ID_CHARS_MAX = 64
-_UNDER_WAY = "it is still under way"
+UNDER_WAY = "it is still under way"
+"""Said of a request whose end is not known yet."""
 
 _T = TypeVar("_T")
 
@@ -45,7 +46,7 @@ class Explainer:
         if isinstance(told, LocalAnswer):
             return told
         if as_text:
-            lines = explanation_lines(told, _UNDER_WAY)
+            lines = explanation_lines(told, UNDER_WAY)
             return LocalAnswer(200, TEXT, "".join(f"{line}\n" for line in lines).encode())
         return LocalAnswer(200, JSON, json.dumps(dataclasses.asdict(told), ensure_ascii=False).encode())
 

@@ -9,12 +9,14 @@ from functools import cached_property
 import anyio
 
 from lbcore.config import Strategy
-from lbcore.ollama import BodyFacts, Route, find_route, shape_of
+from lbcore.ollama import BodyFacts, Route, canonical_model, find_route, shape_of
 from lbcore.requests import PIN_HEADER
 from lbio.access.gate import Gate
 from lbio.access.keys import Key
 from lbio.admin import Admin
-from lbio.answers import shows
+from lbio.answers import lb_model, shows
+from lbio.answers.cli_view import VIEWS, answer_cli, is_cli
+from lbio.answers.lb_model import LbModel
 from lbio.answers.local import (
     LISTS,
     NEEDS_SERVERS,
@@ -26,6 +28,7 @@ from lbio.answers.local import (
     preliminary_answer,
 )
 from lbio.answers.shows import Shows
+from lbio.configuration.settings import Right
 from lbio.driver import Driver
 from lbio.http1 import HeaderPairs, RequestHead
 from lbio.wire.bodies import read_facts
@@ -85,11 +88,15 @@ class OwnAnswers:
         self._admin = admin
         self._gate = gate
         self.shows = Shows()
+        self._lb = LbModel(admin.told, admin.explainer.explain)
+        cli = driver.app.cli_extras
         self._stages: Sequence[Callable[[Ask], Awaitable[LocalAnswer | None]]] = (
             self._loop,
             self._management,
             self._settled_by_head,
+            *((self._lb_model,) if cli else ()),
             self._forbidden_models,
+            *((self._cli_view,) if cli else ()),
             self._lists_for_some,
             self._view,
             self._kept_show,
@@ -114,6 +121,20 @@ class OwnAnswers:
     async def _settled_by_head(self, ask: Ask) -> LocalAnswer | None:
         return preliminary_answer(ask.head)
 
+    async def _lb_model(self, ask: Ask) -> LocalAnswer | None:
+        """Answer the CLI for the model that is this balancer, unless there is one of that name."""
+        if ask.route.name not in lb_model.ROUTES or canonical_model(ask.facts.model or "") != lb_model.NAME:
+            return None
+        if not is_cli(ask.head) or ask.is_pinned or self._driver.balancer.fleet.holders(lb_model.NAME):
+            return None
+        return await self._lb.answer(ask.route.name, ask.facts, ask.body, self._why_not_managed(ask))
+
+    def _why_not_managed(self, ask: Ask) -> str:
+        """Return why a client is told nothing that the management endpoints tell, "" if it is."""
+        if ask.key is not None and Right.MANAGE not in ask.key.rights:
+            return f"the key of '{ask.key.name}' may not manage, which is needed for that"
+        return self._admin.why_not(ask.head, ask.peer, has_key=ask.key is not None)
+
     async def _forbidden_models(self, ask: Ask) -> LocalAnswer | None:
         if self._gate is None or ask.key is None:
             return None
@@ -127,6 +148,16 @@ class OwnAnswers:
         now_ns = self._driver.clock()
         if self._gate is not None and (words := self._gate.words(refusal, head, peer, now_ns)) is not None:
             self._driver.log.warning(words)
+
+    async def _cli_view(self, ask: Ask) -> LocalAnswer | None:
+        """Show the CLI of what the fleet is made."""
+        if ask.route.name not in VIEWS or ask.is_pinned or not is_cli(ask.head):
+            return None
+        if self._driver.balancer.config.route(ask.route.name).strategy is not Strategy.AGGREGATE:
+            return None
+        await self._settled()
+        may = ask.key.models.may if ask.key is not None else None
+        return answer_cli(ask.route.name, self._driver.balancer.fleet, may)
 
     async def _lists_for_some(self, ask: Ask) -> LocalAnswer | None:
         """Answer lists for a key that is for some models, and so is shown no others."""

@@ -253,6 +253,12 @@ class AppConfig:
         "of the core's random choices; the same seed and the same events give the same decisions. Left "
         "out: drawn at start and logged",
         None, low=0, high=2**63 - 1)
+    cli_extras: bool = setting(
+        Kind.FLAG,
+        "shows the fleet to the ollama command, and to no other client: `ollama ps` with a line for each server and "
+        "model, `ollama list` with the number of servers in the place of the end of an ID, and a model `lb` to ask, "
+        "`ollama run lb status`. Programs that use Ollama's package for Go look like the command",
+        default=True)
     client: ClientSettings = section("connections from clients", ClientSettings)
     limits: LimitSettings = section("bounds on what one client, and all of them, may take", LimitSettings)
     pool: PoolSettings = section("connections to servers that are kept for the next request", PoolSettings)

@@ -1,0 +1,78 @@
+"""What the `ollama` CLI, by its User-Agent, is shown of the fleet where one Ollama would show itself (pure).
+
+`ollama ps` has a line for each server and model, `llama3.2:latest (gpu1)`. `ollama list` prints the first characters of
+a digest, which nobody types: the last of them tell on how many of the servers the model is, `a80c4f17 2/4`. Names stay
+what they are, since they are used in all other commands.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from lbcore import catalog
+from lbcore.ollama import canonical_model
+from lbcore.records import Server
+from lbio.answers.local import LocalAnswer, json_answer
+from lbio.http1 import RequestHead
+
+_ID_CHARS = 12
+"""So much of a digest does `ollama list` print."""
+
+
+def is_cli(head: RequestHead) -> bool:
+    """Tell whether a request comes from the CLI: libraries call themselves `ollama-python/…` and the like."""
+    return (head.header(b"user-agent") or b"").startswith(b"ollama/")
+
+
+def _tags(servers: list[Server], may: catalog.May) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = json.loads(catalog.tags_json(servers, may))["models"]
+    for entry in entries:
+        name = canonical_model(entry["name"])
+        n_with = sum(server.is_alive and server.has(name) for server in servers)
+        entry["digest"] = _marked(str(entry.get("digest", "")), n_with, len(servers))
+    return entries
+
+
+def _marked(digest: str, n_with: int, n_servers: int) -> str:
+    """Return a digest whose first characters, as many as are printed, end with `2/4`."""
+    mark = f" {n_with}/{n_servers}"
+    return f"{digest[: _ID_CHARS - len(mark)]:{_ID_CHARS - len(mark)}}{mark}{digest[_ID_CHARS:]}"
+
+
+def _ps(servers: list[Server], may: catalog.May) -> list[dict[str, Any]]:
+    loaded = [
+        (name, server.name, record.active.entry)
+        for server in servers
+        if server.is_alive
+        for name, record in server.models.items()
+        if record.active is not None and may(name)
+    ]
+    entries = []
+    for _, server_name, text in sorted(loaded):
+        entry = json.loads(text)
+        entry["name"] = f"{entry['name']} ({server_name})"
+        entries.append(entry)
+    return entries
+
+
+def _every(_model: str) -> bool:
+    return True
+
+
+_VIEWS: Mapping[str, Callable[[list[Server], catalog.May], list[dict[str, Any]]]] = {"/api/tags": _tags, "/api/ps": _ps}
+
+VIEWS = frozenset(_VIEWS)
+"""The routes that the CLI gets another view of."""
+
+
+def answer_cli(route: str, servers: Iterable[Server], may: catalog.May | None = None) -> LocalAnswer | None:
+    """Answer a route of `VIEWS` for the CLI, of the models that it `may` see.
+
+    None where there is nothing to tell apart: one server, or nobody alive.
+    """
+    known = list(servers)
+    if len(known) < 2 or not any(server.is_alive for server in known):
+        return None
+    return json_answer(200, {"models": _VIEWS[route](known, may or _every)})
