@@ -246,19 +246,20 @@ class ClientConnection:
         """Let the core decide who answers; return whether another request may follow."""
         named = self._front.next_id()
         if ask.route.batches and (plan := self._front.splitter.plan(ask)) is not None:
-            keep = await self._in_parts(ask, plan, named[1])
+            keep = await self._in_parts(ask, plan, named)
             if keep is not None:
                 return keep
         return await self._whole(ask, named)
 
-    async def _in_parts(self, ask: Ask, plan: Plan, tag: str) -> bool | None:
+    async def _in_parts(self, ask: Ask, plan: Plan, named: tuple[int, str]) -> bool | None:
         """Have a request done in parts, and give the client the one answer; None: it is to go whole."""
-        front = self._front
+        front, (number, tag) = self._front, named
         bodies = plan.inputs.bodies(plan.shares)
         try:
             requests = [self._part_of(ask, plan, bodies.pop(0)) for _ in plan.shares]
         except ValueError:  # an illegal header, of which the whole request tells
             return None
+        front.admin.explainer.note_parts(number, [request.tag for request in requests])
         parts = Parts(self._driver, front.splitter, front.bodies, plan, requests, tag)
         keep: bool | None = False
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TypeVar
 
 import anyio
@@ -26,6 +26,7 @@ PAUSE_S = 0.001
 """Between two slices, so that one who asks and asks again leaves a third of the time, and more, to others."""
 
 _ID_CHARS_MAX = 64
+_DIVIDED_MAX = 1000
 UNDER_WAY = "it is still under way"
 """Said of a request whose end is not known yet."""
 
@@ -39,6 +40,13 @@ class Explainer:
         self._memory = memory
         self._boot = boot
         self._turn = anyio.Lock()
+        self._parts: dict[int, tuple[str, ...]] = {}
+
+    def note_parts(self, request_id: int, parts: Sequence[str]) -> None:
+        """Take note that a request went in parts, which have ids of their own; the last ones are known."""
+        self._parts[request_id] = tuple(parts)
+        if len(self._parts) > _DIVIDED_MAX:
+            del self._parts[next(iter(self._parts))]
 
     async def answer(self, name: str, *, as_text: bool) -> LocalAnswer:
         """Explain the request that is called `3f2a-17`, or 17; 404 when it is not known, or not any more."""
@@ -81,6 +89,9 @@ class Explainer:
         return int(digits)
 
     def _unknown(self, request_id: int) -> LocalAnswer:
+        if request_id in self._parts:
+            parts = ", ".join(self._parts[request_id])
+            return _error(404, f"request {request_id} went in parts, which are explained one by one: {parts}")
         if self._memory.defect:
             return _error(404, f"nothing is remembered: {self._memory.defect}")
         known = self._memory.known

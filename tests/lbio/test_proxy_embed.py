@@ -111,7 +111,7 @@ async def test_a_server_that_dies_under_a_part_is_replaced_by_one_of_the_same_bu
 
 @pytest.mark.parametrize("path", PATHS)
 async def test_a_part_that_is_refused_is_the_answer_and_stops_the_others(path: str) -> None:
-    slow = embedders("a", "b", "c", model=dataclasses.replace(E5, num_ctx=20), token_ms=300)
+    slow = embedders("a", "b", "c", model=dataclasses.replace(E5, num_ctx=20), token_ms=3000)
     async with balanced(slow, **FEW) as rig:
         body = asked(truncate=False) if path == "/api/embed" else asked(encoding_format="float32")
         body["input"][25] = "long " * 100
@@ -312,6 +312,17 @@ async def test_an_error_of_all_servers_is_the_answer(kind: FaultKind) -> None:
         whole = await alone(rig, "/v1/embeddings", asked())
         answer = await rig.ask("POST", "/v1/embeddings", asked())
         assert (answer.status, answer.body) == (whole.status, whole.body)
+
+
+async def test_who_asks_for_an_explanation_is_told_of_the_parts() -> None:
+    async with balanced(embedders("a", "b"), **FEW) as rig:
+        name = (await rig.ask("POST", "/api/embed", asked())).header("X-Ollama-LB-Request-Id") or ""
+        boot, _, number = name.partition("-")
+        parts = [f"{boot}-{int(number) + more}" for more in (1, 2)]
+        told = await rig.ask("GET", f"/explain/{name}")
+        words = f"request {number} went in parts, which are explained one by one: {', '.join(parts)}"
+        assert (told.status, body_of(told)) == (404, {"error": words})
+        assert [(await rig.ask("GET", f"/explain/{part}")).status for part in parts] == [200, 200]
 
 
 async def test_the_log_tells_of_the_parts_by_their_ids(caplog: pytest.LogCaptureFixture) -> None:
