@@ -269,7 +269,7 @@ def error_body(shape: Shape, status: int, message: str, request_id: str = "") ->
 
 
 def _json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 def _error_object(shape: Shape, status: int, message: str, request_id: str) -> dict[str, Any]:

@@ -38,6 +38,7 @@ _RACING = RequestState.RACING
 _HEDGE_TIMER = TimerKind.HEDGE
 
 _NAMES_MAX = 1024
+_SHOWN_CHARS_MAX = 100
 _canonical = lru_cache(_NAMES_MAX)(canonical_model)  # clients name few models, and each again and again
 
 SYNC_FRESH_NS = SECOND_NS
@@ -145,7 +146,8 @@ class Requests:
         known = {server.name: server for server in self._fleet}
         if unknown := [name for name in request.event.servers if name not in known]:
             there = ", ".join(known) or "none"
-            self._reject(request, 400, f'{PIN_HEADER}: there is no server "{unknown[0]}"; there are {there}', now_ns)
+            name = unknown[0][:_SHOWN_CHARS_MAX]
+            self._reject(request, 400, f'{PIN_HEADER}: there is no server "{name}"; there are {there}', now_ns)
             return True
         named = self._placement.holders(request)
         lost = [known[name] for name in request.event.servers if known[name] not in named]

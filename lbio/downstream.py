@@ -365,7 +365,10 @@ class ClientConnection:
             headers = [pair for pair in headers if pair[0] not in CLIENT_KEYS]
         parts = head_parts(head, headers)
         shape, key = shape_of(head.path), ask.key.name if ask.key is not None else ""
-        return ClientRequest(number, tag, head, route, shape, ask.facts, body, parts, ask.servers, upload, key)
+        servers = ask.servers
+        if servers:  # of more names than there are servers, one is unknown, and that is all that is to be said of them
+            servers = servers[: len(self._driver.balancer.fleet.servers) + 1]
+        return ClientRequest(number, tag, head, route, shape, ask.facts, body, parts, servers, upload, key)
 
     def _begin_relay(self, ask: Ask, exchange: Exchange, run: AttemptRun) -> None:
         if run.answer is not None:

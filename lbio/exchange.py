@@ -47,7 +47,7 @@ def head_parts(head: RequestHead, headers: Headers) -> tuple[bytes, bytes]:
 
     Raises ValueError for what must not be written.
     """
-    written = serialize_request(head.method, head.target, [(b"Host", b"-"), *headers])
+    written = serialize_request(head.method, head.origin_form, [(b"Host", b"-"), *headers])
     before, _, after = written.partition(b"\r\nHost: -\r\n")
     return before + b"\r\nHost: ", b"\r\n" + after
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from lbcore.ollama import PASS_THROUGH, find_route, shape_of
 from lbcore.requests import PIN_HEADER
 from lbcore.schema import SECOND_NS
-from lbio.access.keys import Key, Keyring, needed_right
+from lbio.access.keys import Key, Keyring, is_straight, needed_right
 from lbio.access.named_models import UnreadableError, named_models
 from lbio.answers.local import LocalAnswer, error_answer, model_in_path
 from lbio.configuration.settings import Right
@@ -59,7 +59,7 @@ class Gate:
             return None
         plain = unquote(head.path)
         route = find_route(head.path)
-        if route is PASS_THROUGH and find_route(plain) is not PASS_THROUGH:
+        if route is PASS_THROUGH and (find_route(plain) is not PASS_THROUGH or not is_straight(plain)):
             return _error(head, 403, f"the key of '{key.name}' is for some models; write {plain[:100]} as it is")
         in_path = model_in_path(route, head.path)
         try:

@@ -178,6 +178,15 @@ _HARMLESS = frozenset({"/api/me", "/api/experimental/web_search", "/api/experime
 """What is passed through, is asked for with POST, and changes nothing."""
 
 
+_BENDS = frozenset({"", ".", ".."})
+
+
+def is_straight(plain: str) -> bool:
+    """Tell whether a path leads where it says. A proxy before a server may follow `/v1/../api/pull` to `/api/pull`."""
+    *parents, last = [part.partition(";")[0] for part in plain[1:].split("/")]
+    return "\\" not in plain and _BENDS.isdisjoint(parents) and last not in {".", ".."}
+
+
 def needed_right(method: str, path: str) -> Right | None:
     """Return the right that a request for a path of the API needs; None: it needs no key.
 
@@ -188,7 +197,7 @@ def needed_right(method: str, path: str) -> Right | None:
         return None
     plain = unquote(path)
     route = find_route(plain)
-    if route.changes or plain.startswith(_BLOBS):
+    if route.changes or plain.startswith(_BLOBS) or not is_straight(plain):
         return Right.MANAGE
     if method in _READING or method in route.methods:
         return Right.USE

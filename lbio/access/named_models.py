@@ -2,8 +2,8 @@
 
 `lbio.wire.bodies` reads what balancing needs, as fast as it can; here it matters that nothing is overlooked, since a
 key may be for some models only. So all spellings are found that Go would take (it ignores case, and takes the last of
-several), whatever may be read in two ways is refused, and what is no JSON object at all is left for an Ollama to
-refuse.
+several), and whatever may be read in two ways is refused, as is what is no JSON object at all: an Ollama would refuse
+it too, but another server might read it.
 """
 
 from __future__ import annotations
@@ -52,11 +52,15 @@ def named_models(head: RequestHead, route: Route, body: bytes) -> list[str]:
 
 _decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _UNREADABLE = (ValueError, RecursionError)  # of which msgspec's errors and bad UTF-8 are some
+_BLANKS = b" \t\r\n"
 _COLON = re.compile(rb'"[ \t\r\n]*+:')
 
 
 def _in_json(body: bytes, wanted: frozenset[str]) -> list[str]:
-    if body.lstrip()[:1] != b"{":
+    begin = body.lstrip(_BLANKS)[:1]
+    if begin != b"{":
+        if begin:
+            raise UnreadableError("its body is no JSON object")
         return []
     names: list[str] = []
     for member, value in _members(body).items():
@@ -110,10 +114,11 @@ _PART = re.compile(
     rb'[ \t]*\r\n(?:Content-Type:[^\r\n"]*\r\n)?'
     rb'Content-Disposition:[ \t]*form-data;[ \t]*name="([^"\\\r\n]*)"'
     rb'(?:;[ \t]*filename="[^"\\\r\n]*")?(?:;[ \t]*filename\*=[^;"\s]*)?[ \t]*\r\n'
-    rb"(?:Content-(?:Type|Length|Transfer-Encoding):[^\r\n]*\r\n)*\r\n",
+    rb"(?:Content-(?:Type|Length|Transfer-Encoding):[^\r\n]*+\r\n)*+\r\n",
     re.IGNORECASE,
 )
 _PARTS_MAX = 1000
+_PART_HEAD_BYTES_MAX = 8192
 _ENCODED = re.compile(rb"\r\nContent-Transfer-Encoding:", re.IGNORECASE)
 
 
@@ -134,7 +139,7 @@ def _in_form(head: RequestHead, body: bytes) -> list[str]:
         at = body.find(line, begin)
         if body.startswith(b"--", begin):
             continue
-        part = _PART.match(body, begin)
+        part = _PART.match(body, begin, begin + _PART_HEAD_BYTES_MAX)
         if part is None:
             raise UnreadableError("a part of its form is not as clients write them")
         if part[1].lower() == b"model":

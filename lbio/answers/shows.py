@@ -103,7 +103,9 @@ class ShowRelay(Relay):
 
     async def _end(self) -> bool:
         is_whole = await super()._end()
-        if is_whole and self._answer.head.status == 200 and self._exchange.aborted is None:
+        head = self._answer.head
+        is_plain = head.status == 200 and head.header(b"content-encoding") is None
+        if is_whole and is_plain and self._exchange.aborted is None:
             self._shows.put(self._key, replace(self._shown, body=bytes(self._body)))
         return is_whole
 

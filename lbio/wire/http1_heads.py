@@ -34,6 +34,7 @@ _REQUEST_LINE = re.compile(rb"([^ \r\n]+) ([^ \r\n]+) HTTP/([0-9])\.([0-9])\r\n"
 _STATUS_LINE = re.compile(rb"HTTP/([0-9])\.([0-9]) [1-9][0-9]{2}[ \r]")
 _HOST = re.compile(rb"[-A-Za-z0-9._~!$&'()*+,;=%:\[\]]*")
 _ABSOLUTE = re.compile(r"https?://[^/?]+", re.IGNORECASE)
+_UNSUPPORTED = frozenset({"CONNECT", "TRACE"})  # a server would send back, to the client, what it alone was sent
 _DIGITS = re.compile(rb"[0-9]{1,18}")  # ASCII only, below 2**63
 _REASON = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 _NAME = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]+")
@@ -75,6 +76,11 @@ class RequestHead:
     def path(self) -> str:
         """The target up to '?'; `http://host/path` is reduced to its path."""
         return _origin_form(self.target).partition("?")[0]
+
+    @property
+    def origin_form(self) -> str:
+        """The target without `http://host`: servers are asked under names of their own (RFC 9112 §3.2.2)."""
+        return _origin_form(self.target)
 
     @property
     def query(self) -> str:
@@ -214,8 +220,8 @@ def _version(major: bytes, minor: bytes, status: int) -> str:
 
 
 def _check_target(method: str, target: str) -> None:
-    if method == "CONNECT":
-        raise HttpError(501, "CONNECT is not supported")
+    if method in _UNSUPPORTED:
+        raise HttpError(501, f"{method} is not supported")
     if target == "*" and method == "OPTIONS":
         return
     if not _origin_form(target).startswith("/") or "#" in target:

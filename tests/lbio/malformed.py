@@ -90,6 +90,7 @@ REQUEST_HEADS: list[tuple[str, bytes, int]] = [
     ("absolute without host", _get(b"GET http:///a HTTP/1.1"), 400),
     ("authority for GET", _get(b"GET x:80 HTTP/1.1"), 400),
     ("CONNECT", _get(b"CONNECT x:80 HTTP/1.1"), 501),
+    ("TRACE", _get(b"TRACE / HTTP/1.1"), 501),
     ("method with bracket", _get(b"G[T / HTTP/1.1"), 400),
     ("lower-case protocol", _get(b"GET / http/1.1"), 400),
     ("other protocol", _get(b"GET / RTSP/1.0"), 400),

@@ -112,6 +112,13 @@ def test_refusals_are_told_once_a_second() -> None:
     assert told == ["10.0.0.7 got 401 for POST /api/chat", None, None, "10.0.0.7 got 401 for POST /api/chat (2 more since the last such line)"]
 
 
+def test_a_name_that_cannot_be_written_is_refused_all_the_same() -> None:
+    gate, some = Gate(ring()[0], is_admin), key(models=("mine",))
+    answer = gate.refuse_models(some, head("POST", "/api/chat"), b'{"model":"yours\\ud800"}')
+    assert answer is not None
+    assert b"yours?" in answer.body
+
+
 @pytest.mark.parametrize(("method", "path", "body", "refused"), [
     ("POST", "/api/chat", b'{"model":"mine"}', False),
     ("POST", "/api/chat", b'{"model":"Mine:latest"}', False),
@@ -127,6 +134,9 @@ def test_refusals_are_told_once_a_second() -> None:
     ("GET", "/v1/models/me%2Fmine", b"", True),
     ("GET", "/api/%74ags", b"", True),
     ("POST", "/api/c%68at", b'{"model":"mine"}', True),
+    ("GET", "/v1//models", b"", True),
+    ("GET", "/v1/./models/yours", b"", True),
+    ("POST", "/v1/x/../chat", b'{"model":"mine"}', True),
     ("GET", "/api/me", b"", False),
     ("POST", "/api/blobs/sha256:0", b'{"model":"yours"}', False),
     ("POST", "/v1/x", b'{"model":"yours"}', True),

@@ -142,6 +142,8 @@ def test_models(pattern: str, yes: list[str], no: list[str]) -> None:
     *[("POST", path, MANAGE) for path in ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/blobs/sha256:0", "/api/signout", "/api/unknown", "/api/experimental/x")],
     ("HEAD", "/api/blobs/sha256:0", MANAGE), ("DELETE", "/api/delete", MANAGE), ("DELETE", "/v1/models/a", MANAGE), ("GET", "/api/delete", MANAGE),
     ("POST", "/api/%70ull", MANAGE), ("DELETE", "/api/%64elete", MANAGE), ("POST", "/%61pi/pull", MANAGE), ("POST", "/api/%62lobs/x", MANAGE),
+    *[("POST", path, MANAGE) for path in ("/v1/../api/pull", "/v1/%2e%2e/api/pull", "/v1/..%2fapi/pull", "/v1/.%2E//api/pull", "/v1/x/../../api/pull", "/v1/..;/api/pull", "/v1/..;x=1/api/pull", "/v1/..\\api\\pull", "/v1/%5c../api/pull", "/v1//x", "/v1/./x", "/v1/x/..", "//v1/x")],
+    ("GET", "/v1/../api/blobs/x", MANAGE), ("GET", "/v1//models", MANAGE), ("POST", "/v1/x/", USE), ("POST", "/v1/a..b/...", USE),
     ("PUT", "/api/chat", MANAGE), ("PATCH", "/v1/anything", MANAGE), ("POST", "/api/pull/", MANAGE), ("POST", "//api/pull", MANAGE),
 ])
 def test_the_right_that_a_path_needs(method: str, path: str, right: Right | None) -> None:
@@ -202,7 +204,7 @@ def named(body: bytes, path: str = "/api/chat", *lines: str, method: str = "POST
     ("/api/chat", b'{"model":"a","x":"\xff"}', ["a"]),
     ("/api/chat", b'{"model":"a","name":"ignored"}', ["a"]),
     ("/api/chat", b'{"model":""}', []),
-    ("/api/chat", b"{}", []), ("/api/chat", b"", []), ("/api/chat", b"null", []), ("/api/chat", b'["a"]', []),
+    ("/api/chat", b"{}", []), ("/api/chat", b"", []), ("/api/chat", b" \r\n", []),
     ("/api/show", b'{"name":"a"}', ["a"]),
     ("/api/show", b'{"model":"","Name":"b"}', ["b"]),
     ("/api/copy", b'{"source":"a","destination":"b"}', ["a", "b"]),
@@ -220,6 +222,13 @@ def test_models_that_a_body_names(path: str, body: bytes, names: list[str]) -> N
 @pytest.mark.parametrize(("path", "body"), [
     ("/api/chat", b'{"model":"a"'),
     ("/api/chat", b'{"model":7}'),
+    ("/api/chat", b"null"),
+    ("/api/chat", b'["a"]'),
+    ("/api/chat", b'\xef\xbb\xbf{"model":"a"}'),
+    ("/api/chat", '{"model":"a"}'.encode("utf-16")),
+    ("/api/chat", '{"model":"a"}'.encode("utf-16-be")),
+    ("/v1/images/edits", b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\na\r\n--x--\r\n'),
+    ("/v1/unknown", b"model=a"),
     ("/api/chat", b'{"model":"a","model":null}'),  # to Go, it is still "a"
     ("/api/chat", b'{"model":"a","Model":{}}'),
     ("/api/create", b'{"model":"a","modelfile":"FROM b"}'),
@@ -276,6 +285,7 @@ def test_models_that_a_form_names(body: str, names: list[str]) -> None:
     ((MULTIPART,), part("model", "YQ==", "\r\nContent-Transfer-Encoding: base64"), ""),
     ((MULTIPART,), part("model", "a\r\nb"), ""),
     ((MULTIPART,), part("x", "a") * 1001, ""),
+    ((MULTIPART,), part("model", "a", "\r\nContent-Type: x" * 1000), ""),
 ])
 def test_a_form_that_may_be_read_in_two_ways_is_unreadable(lines: tuple[str, ...], body: str, query: str) -> None:
     with pytest.raises(UnreadableError):

@@ -130,6 +130,15 @@ async def test_an_absolute_target_is_understood() -> None:
         assert (await rig.send(raw)).status == 200
 
 
+@pytest.mark.parametrize(("target", "sent"), [
+    ("http://somewhere:1/api/chat", b"/api/chat"), ("HTTP://u:p@inside.example/api/chat?a=http://b", b"/api/chat?a=http://b"),
+])
+async def test_a_server_is_asked_under_its_own_name_whatever_the_target_says(target: str, sent: bytes) -> None:
+    async with scripted() as (rig, (server,)):
+        await rig.send(request("POST", target, chat()))
+        assert server.heads[-1].startswith(b"POST %s HTTP/1.1\r\nHost: 127.0.0.1:" % sent)
+
+
 # --- answers that somebody in between has compressed -----------------------------------------------------------
 
 GZIPPED = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"

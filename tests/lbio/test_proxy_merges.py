@@ -5,6 +5,7 @@ from typing import Any
 import anyio
 import pytest
 
+from lbcore.events import RequestArrived
 from lbcore.schema import MS_NS
 from lbio.service import _drain
 from simulator.fake_ollama import FakeModel
@@ -232,6 +233,17 @@ async def test_a_pinned_view_is_that_servers_own() -> None:
         answer = await pinned(rig, "b", "GET", "/api/tags")
         assert [model["name"] for model in body_of(answer)["models"]] == ["other:latest"]
         assert body_of(await pinned(rig, "b", "GET", "/api/ps"))["models"] == []
+
+
+async def test_a_list_of_very_many_servers_is_refused_and_not_kept() -> None:
+    async with balanced(specs("a", "b")) as rig:
+        answer = await pinned(rig, "a,b," + ",".join(f"x{number}" for number in range(5000)), "POST", "/api/show", {})
+        assert (answer.status, body_of(answer)["error"]) == (400, f'{PIN}: there is no server "x0"; there are a, b')
+        (kept,) = [event for segment in rig.service.driver.memory._segments for event, *_ in segment.calls
+                   if isinstance(event, RequestArrived)]
+        assert kept.servers == ("a", "b", "x0")
+        long = await pinned(rig, "y" * 5000, "POST", "/api/show", {})
+        assert len(long.body) < 300
 
 
 async def test_a_pinned_pull_goes_only_to_the_servers_named() -> None:

@@ -1,11 +1,15 @@
 """Answers to `/api/show` are kept as long as the model is the same everywhere."""
 
+import contextlib
 import dataclasses
 
+import anyio
 import pytest
 
 from lbio.answers.shows import ANSWER_BYTES_MAX, Shown, Shows
-from tests.lbio.kit import TINY, Rig, balanced, specs
+from lbio.http1 import Reader, parse_request_head
+from lbio.wire.streams import SocketStream
+from tests.lbio.kit import TINY, Rig, balanced, played, specs
 from tests.simulator.wire import Answer, request
 
 pytestmark = pytest.mark.anyio
@@ -90,3 +94,35 @@ def test_what_is_very_long_is_not_kept() -> None:
     shows = Shows()
     shows.put(("x", b""), Shown("a", b"", bytes(ANSWER_BYTES_MAX + 1)))
     assert shows.get(("x", b"")) is None
+
+
+async def test_a_compressed_answer_is_not_kept_since_nothing_would_say_that_it_is() -> None:
+    body = b'{"modelfile":"x"}'
+    async with played([Compressing(body)]) as (rig, (server,)):
+        for n_asked in (1, 2):
+            answer = await show(rig)
+            assert answer.header("Content-Encoding") == "x-reversed"
+            assert (answer.body, server.n_shows) == (body[::-1], n_asked)
+
+
+class Compressing:
+    """An Ollama behind a proxy that encodes whatever it is asked."""
+
+    def __init__(self, body: bytes) -> None:
+        self.url = ""
+        self.n_shows = 0
+        self._body = body
+
+    async def serve(self, stream: SocketStream) -> None:
+        reader = Reader(stream)
+        listed = b'{"models":[{"name":"tiny:latest","digest":"d"}]}'
+        with contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+            while (raw := await reader.read_head(1 << 20, role="request")) is not None:
+                head = parse_request_head(raw)
+                await reader.read_body(head, None)
+                body, coding = (b'{"version":"1"}' if head.path == "/api/version" else listed), b""
+                if head.path == "/api/show":
+                    self.n_shows += 1
+                    body, coding = self._body[::-1], b"Content-Encoding: x-reversed\r\n"
+                await stream.send(b"HTTP/1.1 200 OK\r\n%sContent-Length: %d\r\n\r\n%s" % (coding, len(body), body))
+        stream.close()
