@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from lbcore.config import Alias
 from lbcore.events import ModelInfo
 from lbcore.ollama import canonical_model
 from lbcore.records import Server
@@ -27,8 +29,8 @@ def _every(_model: str) -> bool:
     return True
 
 
-def _newest(servers: Iterable[Server], may: May = _every) -> list[ModelInfo]:
-    """Return every model of a live server once, changed last first, as Ollama does."""
+def _newest(servers: Iterable[Server], may: May = _every, aliases: Iterable[Alias] = ()) -> list[ModelInfo]:
+    """Return every model of a live server once, and every alias of one, changed last first, as Ollama does."""
     newest: dict[str, ModelInfo] = {}
     for server in servers:
         if server.is_alive:
@@ -36,24 +38,34 @@ def _newest(servers: Iterable[Server], may: May = _every) -> list[ModelInfo]:
                 info = record.available
                 if info is not None and (name not in newest or _age_key(info) > _age_key(newest[name])):
                     newest[name] = info
+    newest |= {canonical_model(alias.name): found for alias in aliases if (found := _stood_for(alias, newest))}
     return sorted((info for name, info in newest.items() if may(name)), key=_age_key, reverse=True)
 
 
-def tags_json(servers: Iterable[Server], may: May = _every) -> bytes:
+def _stood_for(alias: Alias, known: Mapping[str, ModelInfo]) -> ModelInfo | None:
+    """Return the first model of an alias that is known, under the name of the alias."""
+    info = next((info for name in alias.models if (info := known.get(canonical_model(name))) is not None), None)
+    if info is None or canonical_model(info.name) == canonical_model(alias.name):
+        return info
+    entry = {**json.loads(info.entry), "name": alias.name, "model": alias.name}
+    return replace(info, name=alias.name, entry=json.dumps(entry, ensure_ascii=False, separators=(",", ":")))
+
+
+def tags_json(servers: Iterable[Server], may: May = _every, aliases: Iterable[Alias] = ()) -> bytes:
     """Return the answer to `GET /api/tags`."""
-    return _models(info.entry for info in _newest(servers, may))
+    return _models(info.entry for info in _newest(servers, may, aliases))
 
 
-def v1_models_json(servers: Iterable[Server], may: May = _every) -> bytes:
+def v1_models_json(servers: Iterable[Server], may: May = _every, aliases: Iterable[Alias] = ()) -> bytes:
     """Return the answer to `GET /v1/models` (capture: v1_models)."""
-    told = {"object": "list", "data": [_v1_entry(info, info.name) for info in _newest(servers, may)]}
+    told = {"object": "list", "data": [_v1_entry(info, info.name) for info in _newest(servers, may, aliases)]}
     return _v1_line(told)
 
 
-def v1_model_json(servers: Iterable[Server], model: str) -> bytes | None:
+def v1_model_json(servers: Iterable[Server], model: str, aliases: Iterable[Alias] = ()) -> bytes | None:
     """Return the answer to `GET /v1/models/:model` (capture: v1_model), None when no live server has it."""
     name = canonical_model(model)
-    found = (info for info in _newest(servers) if canonical_model(info.name) == name)
+    found = (info for info in _newest(servers, aliases=aliases) if canonical_model(info.name) == name)
     told = next((_v1_entry(info, model) for info in found), None)
     return None if told is None else _v1_line(told)
 
@@ -107,8 +119,8 @@ def _timestamp(text: str) -> float:
         return 0.0
 
 
-def ps_json(servers: Iterable[Server], may: May = _every) -> bytes:
-    """Return the answer to `GET /api/ps`: every loaded model of a live server, once."""
+def ps_json(servers: Iterable[Server], may: May = _every, aliases: Iterable[Alias] = ()) -> bytes:  # noqa: ARG001
+    """Return the answer to `GET /api/ps`: every loaded model of a live server, once, under its own name."""
     entries: dict[str, str] = {}
     for server in servers:
         if server.is_alive:

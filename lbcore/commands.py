@@ -28,6 +28,14 @@ class StartAttempt(NamedTuple):  # this one and those below that are named tuple
     kind: AttemptKind
 
 
+@dataclass(frozen=True, slots=True)
+class UseModel:
+    """What follows is to ask servers for this model, whatever the client has called it. Nobody is asked at present."""
+
+    request_id: int
+    model: str
+
+
 class CancelAttempt(NamedTuple):
     """Close the attempt's connection now; nothing more is wanted of it."""
 
@@ -179,6 +187,7 @@ class RecordDecision(NamedTuple):
 
 Command = (
     StartAttempt
+    | UseModel
     | CancelAttempt
     | CommitAttempt
     | PassAnswer

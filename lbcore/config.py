@@ -210,6 +210,14 @@ class QueueSettings:
     timeout_ns: int = duration("longest wait before 503", 300 * SECOND_NS, low=MS_NS)
 
 
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A name that stands for others (`[alias]`); all as the operator wrote them."""
+
+    name: str
+    models: tuple[str, ...]  # what is asked for: the first that a live server has
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings:
     """Where one model is to be (`[[models]]`)."""
@@ -270,6 +278,7 @@ class Config:
     servers: tuple[ServerSettings, ...] = ()
     models: tuple[ModelSettings, ...] = ()
     routes: Mapping[str, RouteSettings] = field(default_factory=lambda: MappingProxyType({}))
+    aliases: Mapping[str, Alias] = field(default_factory=lambda: MappingProxyType({}))  # by `ollama.canonical_model`
     race: RaceSettings = section(
         "races and hedges: several servers get the request, the best stream is returned", RaceSettings
     )

@@ -35,6 +35,7 @@ class Reason(StrEnum):
     ERROR_LINE = "error line in the stream"
     TRUNCATED = "the stream ended without its end"
     LOST_RACE = "lost the race"
+    GIVEN_UP = "given up for another model"
     CLIENT_LEFT = "the client left"
     DRAINED = "shut down"
     STALLED = "no progress"

@@ -8,11 +8,12 @@ Whatever knows the inside of these rules stands in this file alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from lbcore import events, selection
+from lbcore import aliases, events, selection
 from lbcore.admission import RACE_BURST
 from lbcore.balancer import LoadBalancer
 from lbcore.commands import AttemptKind
@@ -167,13 +168,16 @@ class _Watcher:
         if request is None and isinstance(event, events.RequestArrived):
             model = canonical_model(event.model) if event.model else None
             request = Request(event, model, balancer.config.route(event.route), now_ns)
+            aliases.begin(request, balancer.config, balancer.fleet)
         if request is None or not (started or arrives):
             return
         self._chooses = True
         earned = balancer.config.race.budget if arrives else 0.0
         self._credits = min(balancer.placement.race_budget.credits + earned, max(RACE_BURST, earned))
-        self._candidates = tuple(_candidates(balancer, request, started, self._credits, now_ns))
-        self._notes = tuple(_notes(balancer, request, started))
+        used = [c[2] for c in came if c[0] == "use" and c[1] == wanted] if isinstance(came, list) else []
+        with _as_used(request, used[-1] if used else "", starts=bool(started)):
+            self._candidates = tuple(_candidates(balancer, request, started, self._credits, now_ns))
+            self._notes = tuple(_notes(balancer, request, started))
 
     def after(self, number: int, now_ns: int, line: str) -> None:
         """Take down what came of the call for the request."""
@@ -212,8 +216,28 @@ class _Watcher:
         return bool(about == self._told.request_id)
 
 
+@contextmanager
+def _as_used(request: Request, used: str, *, starts: bool) -> Iterator[None]:
+    """Make a request for an alias look as it does when servers are chosen, which may be for another model than before.
+
+    `used` is the model that the call commands to use; without that, what was sent, or the client has written, stays.
+    """
+    use = request.alias
+    if use is not None and starts and not used and use.sent == use.asked:
+        used = request.event.model or ""
+    if use is None or not used or request.model == canonical_model(used):
+        yield
+        return
+    before = request.model, use.name, use.attempts_from
+    request.model, use.name, use.attempts_from = canonical_model(used), used, len(request.attempts)
+    try:
+        yield
+    finally:
+        request.model, use.name, use.attempts_from = before
+
+
 _OF_ATTEMPTS = frozenset({"connected", "head", "token", "full", "ended", "failed"})
-_OF_REQUESTS = frozenset({"start", "commit", "pass", "reject", "abort"})
+_OF_REQUESTS = frozenset({"start", "use", "commit", "pass", "reject", "abort"})
 
 
 # --- the rules, asked once more --------------------------------------------------------------------------------
@@ -389,6 +413,10 @@ def _notes(balancer: LoadBalancer, request: Request, started: list[list[Any]]) -
     n_alive = sum(server.is_alive for server in balancer.fleet)
     under_way = counted(len(ledger.requests), "request")
     yield f"{n_alive} of {counted(len(balancer.fleet.servers), 'server')} alive, {under_way} under way before"
+    if request.alias is not None:
+        use = request.alias
+        given_up = f"; given up: {', '.join(use.given_up)}" if use.given_up else ""
+        yield f"'{request.event.model}' stands for {', else '.join(use.models)}; at present for {use.name}{given_up}"
     if len(ledger.queue):
         yield f"in the queue: {counted(len(ledger.queue), 'request')}"
     if started and started[0][4] == AttemptKind.HEDGE and request.live_attempts:

@@ -48,6 +48,7 @@ BLAME: Mapping[Reason, Blame] = {
     Reason.ERROR_LINE: Blame.CONTRAST,
     Reason.TRUNCATED: Blame.AT_ONCE,
     Reason.LOST_RACE: Blame.NONE,
+    Reason.GIVEN_UP: Blame.NONE,
     Reason.CLIENT_LEFT: Blame.NONE,
     Reason.DRAINED: Blame.NONE,
     Reason.STALLED: Blame.NONE,

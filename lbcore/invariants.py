@@ -15,7 +15,7 @@ from lbcore.balancer import LoadBalancer
 from lbcore.commands import AttemptKind, Command, Decision
 from lbcore.errors import InvariantError
 from lbcore.health import ALIVE_FROM
-from lbcore.ollama import RequestKind
+from lbcore.ollama import RequestKind, canonical_model
 from lbcore.records import Attempt, Request, Server
 from lbcore.states import ATTEMPT_ENDS, REQUEST_ENDS, AttemptState, Reliability, RequestState, ServerState
 from lbcore.timers import TimerKind
@@ -89,8 +89,15 @@ def _racers(request: Request, deadlines: dict[tuple[TimerKind, int], int]) -> It
         yield f"{request} does not race, but has a HEDGE or MEASURE timer"
     if request.state is RequestState.RELAYING and not (live == committed == [request.committed]):
         yield f"{request} relays {request.committed}, but {committed} are committed and {live} live"
-    if len({attempt.server.id for attempt in request.attempts}) < len(request.attempts):
+    use = request.alias
+    asked = request.attempts if use is None else request.attempts[use.attempts_from :]
+    if len({attempt.server.id for attempt in asked}) < len(asked):
         yield f"{request} was sent twice to the same server"
+    if use is not None:
+        if request.model not in {canonical_model(name) for name in use.models} - {*use.given_up}:
+            yield f"{request} is for {use}, which has no such model left"
+        if live and (use.sent != request.model or any(attempt not in asked for attempt in live)):
+            yield f"{request} is sent as {use.sent}, or was before"
 
 
 def _attempts(balancer: LoadBalancer, deadlines: dict[tuple[TimerKind, int], int]) -> Iterator[str]:
@@ -240,6 +247,7 @@ class Auditor:
         self._committed: dict[int, int] = {}  # attempt by request
         self._merged: set[int] = set()  # requests whose answer is made of several
         self._told: set[int] = set()  # requests whose client got its last command
+        self._used: dict[int, str] = {}  # by request: the model that servers are to be asked for instead of its own
         self._ended: dict[int, Decision] = {}
         self._gone: set[int] = set()  # servers
 
@@ -277,6 +285,8 @@ class Auditor:
         match command:
             case cmd.StartAttempt():
                 return self._on_start(command)
+            case cmd.UseModel(request_id, model):
+                return self._on_use(request_id, model)
             case cmd.CancelAttempt(attempt_id):
                 return "" if self._live.pop(attempt_id, None) is not None else "it does not run (any more)"
             case cmd.CommitAttempt(request_id, attempt_id):
@@ -319,6 +329,17 @@ class Auditor:
         if start.server_id in self._gone:
             return "the server is gone"
         return "" if attempt is None else self._misplaced(attempt)
+
+    def _on_use(self, request_id: int, model: str) -> str:
+        if request_id in self._told or request_id in self._ended or request_id in self._committed:
+            return "the request has its answer already"
+        attempts = self._balancer.ledger.attempts.values()
+        if any(attempt.request.id == request_id and attempt.id in self._live for attempt in attempts):
+            return "servers are at work on another model for it"
+        if self._used.get(request_id) == model:
+            return "so it was sent before"
+        self._used[request_id] = model
+        return ""
 
     def _misplaced(self, attempt: Attempt) -> str:
         server, request = attempt.server, attempt.request

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lbcore.admission import AdmissionQueue, RetryBudget
-from lbcore.commands import AttemptKind, CancelAttempt, Command, Decision, RecordDecision, StartAttempt
+from lbcore.commands import AttemptKind, CancelAttempt, Command, Decision, RecordDecision, StartAttempt, UseModel
 from lbcore.config import Config
 from lbcore.events import Reason
 from lbcore.fleet import Fleet
@@ -78,6 +78,10 @@ class Ledger:
         if server.reliability is not _RELIABLE:
             self._fleet.note_reliability(server, ReliabilityInput.CHOSEN, now_ns, "chosen again")
         self._timers.arm(_ATTEMPT_TIMER, attempt_id, due_ns)
+        alias = request.alias
+        if alias is not None and alias.sent != request.model and request.model is not None:
+            alias.sent = request.model
+            self._out.append(UseModel(request.id, alias.name))
         self._out.append(_new(StartAttempt, (request.id, attempt_id, server.id, kind)))
         return attempt
 

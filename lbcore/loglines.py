@@ -43,6 +43,7 @@ EVENT_CODES: Mapping[type, str] = {
 }
 COMMAND_CODES: Mapping[type, str] = {
     commands.StartAttempt: "start",
+    commands.UseModel: "use",
     commands.CancelAttempt: "cancel",
     commands.CommitAttempt: "commit",
     commands.PassAnswer: "pass",

@@ -61,6 +61,11 @@ class Route:
     uploads: bool = False  # the body of a POST is passed on as it comes: nobody holds it, so it is sent once
     batches: bool = False  # may ask for many answers at once, of which none depends on another
 
+    @property
+    def takes_alias(self) -> bool:
+        """Whether the model may be an alias; what changes or copies a model means the one of that name."""
+        return self.generates or self.name == "/api/show"
+
 
 _VIEW = (Strategy.AGGREGATE, Strategy.SEQUENTIAL)
 _MANY = (Strategy.RACE, Strategy.HEDGE, Strategy.SEQUENTIAL)

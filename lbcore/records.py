@@ -6,8 +6,9 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from lbcore.commands import AttemptKind
-from lbcore.config import RouteSettings, ServerSettings, Winner
+from lbcore.config import Alias, RouteSettings, ServerSettings, Winner
 from lbcore.events import ActiveModel, ModelInfo, Reason, RequestArrived
+from lbcore.ollama import canonical_model
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.states import ATTEMPT_ENDS, AttemptState, Reliability, RequestState, ServerState
 
@@ -305,10 +306,28 @@ class Failure:
         return f"{self.reason}{status}{': ' if detail else ''}{detail}"
 
 
+class AliasUse:
+    """How far a request for an alias has come on its chain."""
+
+    __slots__ = ("asked", "attempts_from", "given_up", "models", "name", "sent")
+
+    def __init__(self, alias: Alias) -> None:
+        self.models = alias.models
+        self.asked = canonical_model(alias.name)
+        self.name = ""  # of the model in use, as the operator wrote it
+        self.sent = self.asked  # what the body names: at first what the client wrote
+        self.given_up: list[str] = []  # models that all live servers were asked for which have them
+        self.attempts_from = 0  # the first attempt for the model in use
+
+    def __repr__(self) -> str:
+        return f"<AliasUse {self.asked} as {self.name}, given up {self.given_up}>"
+
+
 class Request:
     """One request of a client."""
 
     __slots__ = (
+        "alias",
         "arrived_ns",
         "attempts",
         "awaits_sync",
@@ -336,7 +355,8 @@ class Request:
     def __init__(self, event: RequestArrived, model: str | None, route: RouteSettings, now_ns: int) -> None:
         self.id = event.request_id
         self.event = event
-        self.model = model  # canonical
+        self.model = model  # canonical; of an alias, the one in use
+        self.alias: AliasUse | None = None
         self.kind = event.kind
         self.stream = event.stream
         # an answer that is not streamed has no first token to go by
@@ -362,5 +382,6 @@ class Request:
         return f"<Request {self.id} {self.event.route} {self.model} {self.state} attempts={len(self.attempts)}>"
 
     def has_tried(self, server: Server) -> bool:
-        """Tell whether this server was asked already."""
-        return any(attempt.server is server for attempt in self.attempts)
+        """Tell whether this server was asked already, for the model in use."""
+        attempts = self.attempts if self.alias is None else self.attempts[self.alias.attempts_from :]
+        return any(attempt.server is server for attempt in attempts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from lbcore import race, selection
+from lbcore import aliases, race, selection
 from lbcore.commands import (
     AbortRequest,
     AttemptKind,
@@ -83,6 +83,8 @@ class Requests:
             return
         model = _canonical(event.model) if event.model else None
         request = Request(event, model, self._config.route(event.route), now_ns)
+        if self._config.aliases:
+            aliases.begin(request, self._config, self._fleet)
         self._ledger.requests[request.id] = request
         self._placement.race_budget.earn()
         self._ledger.retry_budget.earn()
@@ -120,9 +122,8 @@ class Requests:
             if last_resort is None:
                 return False
             self._ledger.start(request, last_resort, _PRIMARY, now_ns)
-            self._ledger.record(
-                _STARTED, request, "no live server has it: a dead one is tried", names=(last_resort.name,)
-            )
+            why = aliases.words(request, "no live server has it: a dead one is tried")
+            self._ledger.record(_STARTED, request, why, names=(last_resort.name,))
             self.stuck[request.id] = request
         elif request.model is not None and alive:
             asked = self._placement.anyone(request)
@@ -130,7 +131,7 @@ class Requests:
                 return False
             self._ledger.start(request, asked, _PRIMARY, now_ns)
             why = "nobody is known to have it: one is asked, and says so in the words of this path"
-            self._ledger.record(_STARTED, request, why, names=(asked.name,))
+            self._ledger.record(_STARTED, request, aliases.words(request, why), names=(asked.name,))
         else:
             self._reject(
                 request,
@@ -243,6 +244,9 @@ class Requests:
 
     def serve_queue(self, now_ns: int) -> None:
         """Start what can start, after room was made or a server has changed."""
+        if self._config.aliases:
+            for request in self._ledger.queue:
+                aliases.resolve(request, self._fleet)
         for _ in self._ledger.queue.pop_ready(lambda request: self._try_start(request, now_ns)):
             pass
 
@@ -259,7 +263,8 @@ class Requests:
         for server in chosen:
             self._ledger.start(request, server, kind, now_ns)
             kind = _RACER
-        self._ledger.record(_STARTED, request, route.strategy, names=tuple([server.name for server in chosen]))
+        why = route.strategy if request.alias is None else aliases.words(request, route.strategy)
+        self._ledger.record(_STARTED, request, why, names=tuple([server.name for server in chosen]))
         if route.hedges_max > 0 and request.kind is _GENERATE:
             request.hedges_left = route.hedges_max
             stats = self._fleet.stats.get(request.model or "")
@@ -292,6 +297,7 @@ class Requests:
         for server in servers:
             self._ledger.start(request, server, _PRIMARY, now_ns)
         if servers:
+            why = aliases.words(request, why)
             self._ledger.record(_STARTED, request, why, names=tuple([server.name for server in servers]))
 
     def on_hedge_timer(self, request_id: int, now_ns: int) -> None:
@@ -332,10 +338,17 @@ class Requests:
                 f"not: {self._ledger.retry_budget.under_way} retries are under way, the budget is spent",
             )
             return False
+        why = str(request.failures[-1])
+        if (model := aliases.next_model(request, self._fleet)) is not None:
+            aliases.change(request, model)
+            why = f"as {model}, since {why}"
+        return self._ask_next(request, why, now_ns)
+
+    def _ask_next(self, request: Request, why: str, now_ns: int) -> bool:
         server = self._placement.next_after_failure(request, now_ns)
         if server is None:
             return False
-        self._ledger.record(Decision.RETRIED, request, str(request.failures[-1]), names=(server.name,))
+        self._ledger.record(Decision.RETRIED, request, why, names=(server.name,))
         self._ledger.start(request, server, AttemptKind.RETRY, now_ns)
         if self._is_stuck(request):  # for want of a better one
             self.stuck[request.id] = request
@@ -364,8 +377,24 @@ class Requests:
         """Ask another server for a request that waits only for servers in doubt: now, or as soon as there is one."""
         if not self._is_stuck(request) or self._hedge(request, why, now_ns):
             self.stuck.pop(request.id, None)
-        else:
+        elif request.alias is None or not self._give_up_dead(request, why, now_ns):
             self.stuck[request.id] = request
+
+    def _give_up_dead(self, request: Request, why: str, now_ns: int) -> bool:
+        """Go on to the next model of an alias when only dead servers work on the present one; False when there is none.
+
+        A request that came now would be for that one, so whoever waits already is not to wait any longer.
+        """
+        live = request.live_attempts
+        in_flight = len(self._ledger.requests) - len(self._ledger.queue)
+        model = aliases.next_model(request, self._fleet, with_room=True)
+        if model is None or not live or any(attempt.server.state is not ServerState.DEAD for attempt in live):
+            return False
+        if not self._ledger.retry_budget.allows(in_flight):
+            return False
+        self._ledger.cancel_all(request, Reason.GIVEN_UP, now_ns)
+        aliases.change(request, model)
+        return self._ask_next(request, f"as {model}, since {why}", now_ns)
 
     def replace(self, request: Request, now_ns: int) -> None:
         """One of several attempts has failed: ask another server in its place, where one is idle."""

@@ -33,6 +33,7 @@ class SnapshotError(CoreError):
 
 
 VALUES: tuple[type, ...] = (
+    config.Alias,
     config.Config,
     config.HealthSettings,
     config.ModelSettings,
@@ -58,6 +59,7 @@ _SHARED: tuple[type, ...] = (
     AdmissionQueue,
     RaceBudget,
     RetryBudget,
+    records.AliasUse,
     records.Attempt,
     records.ModelStats,
     records.Quantile,

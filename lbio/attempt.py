@@ -81,6 +81,7 @@ class AttemptRun:
         "chosen",
         "endpoint",
         "exchange",
+        "sent_as",
     )
 
     def __init__(
@@ -95,6 +96,7 @@ class AttemptRun:
         self.attempt_id = attempt_id
         self.exchange = exchange
         self.endpoint = endpoint
+        self.sent_as = exchange.sent_as  # the model that the server is asked for; "": the one that the client names
         self.answer: Answer | None = None
         self.chosen = False
         self._core = core

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lbcore.config import Config
+from lbcore.config_aliases import ALIAS_KEYS, parse_aliases
 from lbcore.config_models import MODEL_KEYS, parse_models
 from lbcore.config_order import CORE_ORDER, Order, check_order
 from lbcore.config_routes import ROUTE_KEYS, parse_routes
@@ -87,9 +88,9 @@ _FLAGS: Sequence[tuple[str, str, str, str]] = (
 _ORDERED: Order = (*CORE_ORDER, ("limits.body_bytes_max", "limits.bodies_bytes_max"))
 
 _CORE_TABLES = frozenset(field.key for field in fields_of(Config))
-_OWN_PARSERS = frozenset({"servers", "models", "routes", "fleet", "keys"})
-_ALL_KEYS: Keys = (*keys_of(AppConfig), *keys_of(Config), *SERVER_KEYS, *MODEL_KEYS, *ROUTE_KEYS, *KEYS_KEYS,
-                   ("", "fleet"))
+_OWN_PARSERS = frozenset({"servers", "models", "routes", "alias", "fleet", "keys"})
+_ALL_KEYS: Keys = (*keys_of(AppConfig), *keys_of(Config), *SERVER_KEYS, *MODEL_KEYS, *ROUTE_KEYS, *ALIAS_KEYS,
+                   *KEYS_KEYS, ("", "fleet"))
 
 NO_SERVERS = Problem("servers", ABSENT, "no server is named",
                      'write [[servers]] and below it url = "http://gpu1:11434", or give the flag '
@@ -173,12 +174,14 @@ def parse(raw: Mapping[str, Any], overrides: Overrides = NO_OVERRIDES, *, base: 
     names = [*(server.name for _, server in servers), *(name for table in fleet if (name := str(table.get("name"))))]
     models = parse_models(raw.get("models", []), names, problems, _ALL_KEYS)
     routes = parse_routes(raw.get("routes", {}), core.race, problems, _ALL_KEYS)
+    aliases = parse_aliases(raw.get("alias", {}), problems)
     check_order(raw, (app, core), _ORDERED, problems)
     if need_servers and not (servers or fleet or problems):
         problems.append(NO_SERVERS)
     if problems:
         raise ConfigError(map(without_secret, _sorted(problems, raw, flag_of)))
-    core = dataclasses.replace(core, servers=tuple(server for _, server in servers), models=models, routes=routes)
+    core = dataclasses.replace(core, servers=tuple(server for _, server in servers), models=models, routes=routes,
+                               aliases=aliases)
     app = dataclasses.replace(app, listen=str(listen), origins=origins, keys=keys, upstream=upstream)
     app = dataclasses.replace(app, core=core, fleet=fleet)
     return dataclasses.replace(app, warnings=(*warnings, *server_warnings(servers), *_app_warnings(app),

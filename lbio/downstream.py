@@ -23,8 +23,9 @@ from lbio.access.gate import Gate
 from lbio.access.keys import Key, Keyring
 from lbio.admin import Admin
 from lbio.answers.local import LocalAnswer, error_answer
-from lbio.answers.own import SERVER_HEADER, Ask, OwnAnswers
+from lbio.answers.own import MODEL_HEADER, SERVER_HEADER, Ask, OwnAnswers
 from lbio.answers.parts import Parts, Plan, Splitter
+from lbio.answers.renaming import RenamingRelay, renamed_answer
 from lbio.answers.shows import ShowRelay
 from lbio.attempt import AttemptRun
 from lbio.client import BodyBudget, ClientGone, ClientStream
@@ -33,6 +34,7 @@ from lbio.driver import Driver
 from lbio.exchange import ClientRequest, Exchange, head_parts
 from lbio.http1 import Framing, HeaderPairs, HttpError, RequestHead, parse_request_head, serialize_response
 from lbio.relay import Relay
+from lbio.upstream import Answer
 from lbio.wire.blob_body import BlobBody
 from lbio.wire.headers import upstream_headers
 
@@ -245,14 +247,19 @@ class ClientConnection:
     async def _forward(self, ask: Ask) -> bool:
         """Let the core decide who answers; return whether another request may follow."""
         named = self._front.next_id()
-        if ask.route.batches and (plan := self._front.splitter.plan(ask)) is not None:
-            keep = await self._in_parts(ask, plan, named)
+        if ask.route.batches:
+            asked = self._front.own.for_model_now(ask)
+            plan = self._front.splitter.plan(asked)
+            keep = await self._in_parts(asked, plan, named, ask.facts.model or "") if plan is not None else None
             if keep is not None:
                 return keep
         return await self._whole(ask, named)
 
-    async def _in_parts(self, ask: Ask, plan: Plan, named: tuple[int, str]) -> bool | None:
-        """Have a request done in parts, and give the client the one answer; None: it is to go whole."""
+    async def _in_parts(self, ask: Ask, plan: Plan, named: tuple[int, str], asked: str) -> bool | None:
+        """Have a request done in parts, and give the client the one answer; None: it is to go whole.
+
+        `asked` is the model as the client has called it.
+        """
         front, (number, tag) = self._front, named
         bodies = plan.inputs.bodies(plan.shares)
         try:
@@ -269,6 +276,10 @@ class ClientConnection:
                 if answer is None and front.draining:
                     answer = error_answer(ask.route.shape, 503, _SHUTTING_DOWN, retry_after_s=1)
                 by = ((SERVER_HEADER, parts.servers.encode()),) if parts.servers else ()
+                used = ask.facts.model or ""
+                if answer is not None and used != asked:
+                    answer = renamed_answer(answer, used, asked, ask.route.shape)
+                    by = (*by, (MODEL_HEADER, used.encode()))
                 ours = (*by, *_about(tag, parts.n_attempts))
                 keep = None if answer is None else await self._respond(answer, ask.head, extra=ours)
                 tasks.cancel_scope.cancel()
@@ -368,17 +379,22 @@ class ClientConnection:
         servers = ask.servers
         if servers:  # of more names than there are servers, one is unknown, and that is all that is to be said of them
             servers = servers[: len(self._driver.balancer.fleet.servers) + 1]
-        return ClientRequest(number, tag, head, route, shape, ask.facts, body, parts, servers, upload, key)
+        return ClientRequest(number, tag, head, route, shape, ask.facts, body, parts, servers, upload, key, ask.place)
 
     def _begin_relay(self, ask: Ask, exchange: Exchange, run: AttemptRun) -> None:
         if run.answer is not None:
-            if ask.show_key is not None:
-                shows, key = self._front.own.shows, ask.show_key
-                exchange.relay = ShowRelay(exchange, run, run.answer, self._client, self._driver, shows, key)
-            else:
-                exchange.relay = Relay(exchange, run, run.answer, self._client, self._driver)
-            ours = ((SERVER_HEADER, run.endpoint.name.encode()), *_of(exchange), *self._cors_headers)
+            exchange.relay = self._new_relay(ask, exchange, run, run.answer)
+            used = ((MODEL_HEADER, run.sent_as.encode()),) if run.sent_as else ()
+            ours = ((SERVER_HEADER, run.endpoint.name.encode()), *used, *_of(exchange), *self._cors_headers)
             exchange.relay.begin(close=self._must_close(exchange.request.head), ours=ours)
+
+    def _new_relay(self, ask: Ask, exchange: Exchange, run: AttemptRun, answer: Answer) -> Relay:
+        if ask.show_key is not None and run.sent_as == ask.show_model and answer.head.status < 400:
+            shows, key = self._front.own.shows, ask.show_key
+            return ShowRelay(exchange, run, answer, self._client, self._driver, shows, key)
+        if run.sent_as:
+            return RenamingRelay(exchange, run, answer, self._client, self._driver, ask.facts.model or "")
+        return Relay(exchange, run, answer, self._client, self._driver)
 
     async def _refuse(self, exchange: Exchange) -> bool:
         request, refusal = exchange.request, exchange.rejected

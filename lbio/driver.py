@@ -29,6 +29,7 @@ from lbcore.commands import (
     StartJob,
     StartMerge,
     StartProbe,
+    UseModel,
 )
 from lbcore.config import ServerSettings
 from lbcore.events import DownstreamClosed, Event, Reason, RequestArrived
@@ -89,6 +90,7 @@ class Driver:
         self._timer_poke = anyio.Event()
         self._execute: Mapping[type, Callable[[Any], None]] = {
             StartAttempt: self._start_attempt,
+            UseModel: self._use_model,
             CancelAttempt: self._cancel_attempt,
             CommitAttempt: self._commit_attempt,
             PassAnswer: self._pass_answer,
@@ -201,6 +203,9 @@ class Driver:
         self._runs[command.attempt_id] = exchange.runs[command.attempt_id] = run
         run.begin()
         self._afterwards.append(partial(self.tasks.start_soon, self._run_attempt, run))
+
+    def _use_model(self, command: UseModel) -> None:
+        self._exchanges[command.request_id].use(command.model)
 
     async def _run_attempt(self, run: AttemptRun) -> None:
         try:

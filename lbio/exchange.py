@@ -13,6 +13,7 @@ from lbcore.ollama import BodyFacts, Route, Shape
 from lbio.access.credentials import NO_CREDENTIALS, Credentials
 from lbio.http1 import Headers, RequestHead, serialize_request
 from lbio.wire.blob_body import BlobBody
+from lbio.wire.model_place import ModelPlace
 
 if TYPE_CHECKING:
     from lbio.answers.merge import Merge
@@ -35,12 +36,24 @@ class ClientRequest:
     servers: tuple[str, ...] = ()  # the only ones that may be asked, as the client wants it or for the sake of a part
     upload: BlobBody | None = None  # instead of `body`: one that is passed on as it comes
     key: str = ""  # the name of the client's key
+    place: ModelPlace | None = None  # of an alias: where the body names it
 
     def head_for(self, authority: bytes, credentials: Credentials = NO_CREDENTIALS) -> bytes:
         """Return the request head for one server."""
         before, after = self.head_parts
         return before + authority + credentials.written_into(after)
 
+    def naming(self, model: str) -> ClientRequest:
+        """Return the same request for another model, where it is known where the body names that."""
+        if self.place is None:
+            return self
+        body, place = self.place.renamed(self.body, model)
+        before, after = self.head_parts
+        after = after.replace(_LENGTH % len(self.body), _LENGTH % len(body), 1)
+        return replace(self, body=body, place=place, head_parts=(before, after))
+
+
+_LENGTH = b"\r\nContent-Length: %d\r\n"
 
 def head_parts(head: RequestHead, headers: Headers) -> tuple[bytes, bytes]:
     """Return the head that servers get, written and checked once for all of them, in two parts around their names.
@@ -68,6 +81,7 @@ class Exchange:
         "relay_scope",
         "request",
         "runs",
+        "sent_as",
     )
 
     def __init__(self, request: ClientRequest) -> None:
@@ -83,6 +97,12 @@ class Exchange:
         self.aborted: str | None = None  # why a committed stream ends early
         self.relay_scope = anyio.CancelScope()
         self.n_attempts = 0
+        self.sent_as = ""  # the model that servers are asked for, if it is not what the client has written
+
+    def use(self, model: str) -> None:
+        """Ask servers for this model from now on; none is being asked."""
+        self.request = self.request.naming(model)
+        self.sent_as = model
 
     def choose(self, run: AttemptRun, *, passed_on: bool) -> None:
         """Give the client this attempt's answer."""

@@ -9,7 +9,16 @@ from lbcore.ollama import error_tail
 from lbio.attempt import AttemptRun
 from lbio.client import ClientStream
 from lbio.exchange import Exchange
-from lbio.http1 import LAST_CHUNK, Framing, HeaderPairs, HttpError, IncompleteBody, encode_chunk, serialize_response
+from lbio.http1 import (
+    LAST_CHUNK,
+    Framing,
+    HeaderPairs,
+    HttpError,
+    IncompleteBody,
+    ResponseHead,
+    encode_chunk,
+    serialize_response,
+)
 from lbio.upstream import Answer
 from lbio.wire.headers import downstream_headers
 
@@ -68,16 +77,20 @@ class Relay:
         self._close = close
         try:
             answer = self._answer
-            headers, self._framing = downstream_headers(
-                answer.head, self._exchange.request.head, close=close, ours=ours
-            )
             held = bytes(answer.held)
             answer.held.clear()
+            lines = self._whole_lines(held)
+            client_head = self._exchange.request.head
+            headers, self._framing = downstream_headers(self._head(len(lines)), client_head, close=close, ours=ours)
             head = serialize_response(answer.head.status, headers, answer.head.reason)
-            data = head + self._framed(self._whole_lines(held))
+            data = head + self._framed(lines)
             self._unsent = data[self._client.write_nowait(data) :]
         except Exception as error:  # noqa: BLE001  it is the client's connection that fails, not the core's commands
             self._problem = error
+
+    def _head(self, n_bytes: int) -> ResponseHead:  # noqa: ARG002  for those that change the body
+        """Return the head that the server gave; `n_bytes` of the body are at hand."""
+        return self._answer.head
 
     async def run(self) -> bool:
         """Relay the rest; return whether the connection can carry another request. Raises ClientGone."""

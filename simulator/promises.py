@@ -25,12 +25,13 @@ from lbcore.commands import (
     StartAttempt,
     StartJob,
     StartProbe,
+    UseModel,
     Work,
 )
-from lbcore.config import Config
+from lbcore.config import Alias, Config
 from lbcore.events import Event, Reason
 from lbcore.ollama import canonical_model
-from lbcore.records import Attempt
+from lbcore.records import Attempt, Server
 from simulator.box import Box
 
 RACE_BURST = 10
@@ -40,11 +41,23 @@ RACE_BURST = 10
 class Call:
     """One request, as its client and we know it."""
 
-    __slots__ = ("arrived_ns", "committed", "id", "is_over", "live", "model", "options", "racers_min", "tried")
+    __slots__ = (
+        "arrived_ns",
+        "committed",
+        "id",
+        "is_over",
+        "live",
+        "model",
+        "options",
+        "others",
+        "racers_min",
+        "tried",
+    )
 
-    def __init__(self, arrived: ev.RequestArrived, racers_min: int, now_ns: int) -> None:
+    def __init__(self, arrived: ev.RequestArrived, alias: Alias | None, racers_min: int, now_ns: int) -> None:
         self.id = arrived.request_id
-        self.model = canonical_model(arrived.model or "")
+        self.model = canonical_model(arrived.model or "")  # as servers are asked for it at present
+        self.others = [canonical_model(name) for name in alias.models] if alias is not None else []  # not tried yet
         self.options = arrived.runner_key
         self.arrived_ns = now_ns
         self.racers_min = racers_min
@@ -113,7 +126,8 @@ class Promises:
         match event:
             case ev.RequestArrived():
                 route = self._config.route(event.route)
-                call = Call(event, route.racers_min, now_ns)
+                alias = self._config.aliases.get(canonical_model(event.model or ""))
+                call = Call(event, alias, route.racers_min, now_ns)
                 self._calls[call.id] = self._waiting[call.id] = call
                 self._n_arrived += 1
             case ev.DownstreamClosed(request_id):
@@ -190,6 +204,8 @@ class Promises:
         match command:
             case StartAttempt():
                 yield from self._on_start(command)
+            case UseModel(request_id, model):
+                yield from self._on_use(command, self._calls.get(request_id), canonical_model(model))
             case CancelAttempt(attempt_id, reason):
                 yield from self._on_cancel(attempt_id, reason)
             case CommitAttempt(request_id, attempt_id):
@@ -213,6 +229,23 @@ class Promises:
             case _:
                 pass
 
+    def _on_use(self, command: UseModel, call: Call | None, model: str) -> Iterator[str]:
+        """The first model of an alias that somebody alive has is used, then the next one, and none of them twice."""
+        if call is None or call.committed is not None or call.live:
+            yield f"{command}: the request is over, has its answer, or servers work on another model for it"
+        elif model not in call.others:
+            yield f"{command}: it is none of {call.others}"
+        else:
+            for other in call.others[: call.others.index(model)]:
+                if any(len(self._live_at(s.id, other)) < s.in_flight_max for s in self._live_holders(other)):
+                    yield f"{command}: somebody alive has {other}, which goes before"
+            call.model = model
+            call.tried = []
+
+    def _live_holders(self, model: str) -> list[Server]:
+        holders = self._really_have(model)
+        return [server for server in self._balancer.fleet if server.is_alive and server.name in holders]
+
     def _on_start(self, start: StartAttempt) -> Iterator[str]:
         call = self._calls.get(start.request_id)
         if call is None or call.committed is not None:
@@ -235,6 +268,8 @@ class Promises:
             allowed = RACE_BURST + self._config.race.budget * self._n_arrived if self._config.race.budget else 0
             if self._n_extra > allowed:
                 yield f"{start}: the {self._n_extra}. extra attempt for {self._n_arrived} requests"
+        if call.model in call.others:
+            call.others.remove(call.model)
         call.tried.append(start.server_id)
         call.live[start.attempt_id] = start
         self._call_of[start.attempt_id] = call
@@ -277,8 +312,7 @@ class Promises:
         if call is None or (call.committed is not None) != aborted:
             yield f"{command}: the request {'is over' if call is None else 'has its answer'}"
         elif not aborted:
-            holders = self._really_have(call.model)
-            servers = [s for s in self._balancer.fleet if s.is_alive and s.name in holders]
+            servers = self._live_holders(call.model)
             if call.tried:
                 spent = any(
                     isinstance(c, RecordDecision) and c.decision is Decision.RETRIED and c.request_id == request_id
@@ -287,6 +321,9 @@ class Promises:
                 left = [] if spent else [s.name for s in servers if s.id not in call.tried]
                 if left:
                     yield f"{command}: {left[0]} was not asked"
+                others = [] if spent else [model for model in call.others if self._live_holders(model)]
+                if others:
+                    yield f"{command}: {self._live_holders(others[0])[0].name} was not asked for {others[0]}"
             else:
                 yield from self._on_refusal(call, [s.id for s in servers], now_ns)
         self._over(call)

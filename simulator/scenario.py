@@ -13,10 +13,12 @@ from random import Random
 from typing import Any
 
 from lbcore.balancer import LoadBalancer
-from lbcore.config import Config, ServerSettings
+from lbcore.config import Alias, Config, ServerSettings
+from lbcore.config_aliases import ALIAS_KEYS, parse_aliases
 from lbcore.config_models import MODEL_KEYS, parse_models
 from lbcore.config_order import CORE_ORDER, check_order
 from lbcore.config_routes import ROUTE_KEYS, parse_routes
+from lbcore.ollama import canonical_model
 from lbcore.parsing import ABSENT, Keys, Problem, parse_table, quote
 from lbcore.schema import SECOND_NS, Kind, count, duration, fields_of, keys_of, ratio, section, setting, size
 from simulator.box import Box
@@ -158,12 +160,13 @@ def _bands(scenario: Scenario) -> list[Band]:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 _CORE_TABLES = tuple(f.key for f in fields_of(Config))
-_OWN_PARSERS = frozenset({"fleet", "workload", "fault", "expect", "models", "routes"})
+_OWN_PARSERS = frozenset({"fleet", "workload", "fault", "expect", "models", "routes", "alias"})
 _KEYS: Keys = (
     *keys_of(ScenarioTable),
     *keys_of(Config),
     *ROUTE_KEYS,
     *MODEL_KEYS,
+    *ALIAS_KEYS,
     *(("", name) for name in ("fleet", "workload", "fault", "expect")),
 )
 
@@ -180,6 +183,7 @@ def parse_scenario(
     table = parse_table(ScenarioTable, own_raw, "", problems, also=_KEYS)
     core = parse_table(Config, core_raw, "", problems, also=_KEYS) or Config()
     routes = parse_routes(raw.get("routes", {}), core.race, problems, _KEYS)
+    aliases = parse_aliases(raw.get("alias", {}), problems)
     check_order(raw, (core,), CORE_ORDER, problems)
     duration_ns = table.duration_ns if table is not None else None
     specs = _parse_specs(raw, problems, duration_ns)
@@ -201,7 +205,7 @@ def parse_scenario(
     return Scenario(
         name=name,
         about=table.about,
-        config=replace(core, servers=servers, models=models, routes=routes),
+        config=replace(core, servers=servers, models=models, routes=routes, aliases=aliases),
         specs=tuple(replace(spec, faults=(*spec.faults, *faults.servers[spec.name])) for spec in specs),
         workload=workload,
         duration_ns=table.duration_ns,
@@ -211,7 +215,7 @@ def parse_scenario(
         link_faults={name: tuple(of) for name, of in faults.links.items() if of},
         pauses=tuple(faults.pauses),
         expectations=expectations,
-        warnings=tuple(_warnings(workload, specs)),
+        warnings=tuple(_warnings(workload, specs, aliases)),
     )
 
 
@@ -225,10 +229,11 @@ def _parse_specs(raw: Mapping[str, Any], problems: list[Problem], end_ns: int | 
     return parse_fleet(tables, problems, end_ns=end_ns)
 
 
-def _warnings(workload: Workload, specs: Sequence[FakeSpec]) -> Iterator[str]:
+def _warnings(workload: Workload, specs: Sequence[FakeSpec], aliases: Mapping[str, Alias]) -> Iterator[str]:
     """Yield what can be run, but is probably not meant."""
     on_disk = {model_key(model.name) for spec in specs for model in spec.models}
     asked = dict.fromkeys(name for settings in workload for name in models_of(settings))
     for name in asked:
-        if model_key(name) not in on_disk:
+        alias = aliases.get(canonical_model(name))
+        if not any(model_key(model) in on_disk for model in ([name] if alias is None else alias.models)):
             yield f"workload: no server of the fleet has {quote(name)}, so whoever asks for it gets an error"

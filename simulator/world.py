@@ -8,6 +8,7 @@ in production, before it is told of anything else that concerns their request.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from lbcore.commands import (
     StartJob,
     StartMerge,
     StartProbe,
+    UseModel,
 )
 from lbcore.decision_words import decision_words
 from lbcore.events import (
@@ -62,10 +64,11 @@ Watcher = Callable[[Event | None, Sequence[Command], int], None]
 class Call:
     """One request under way."""
 
-    __slots__ = ("ask", "committed", "result", "runs")
+    __slots__ = ("ask", "committed", "result", "runs", "sent")
 
     def __init__(self, ask: Ask) -> None:
         self.ask = ask
+        self.sent = ask  # as servers get it
         self.result = RequestResult(ask)
         self.runs: dict[int, AttemptRun] = {}  # all its attempts, by id
         self.committed: AttemptRun | None = None
@@ -104,6 +107,7 @@ class World:
         self._balancer: LoadBalancer  # given by `begin`, since it may need to ask this world
         self._execute: Mapping[type, Callable[[Any], None]] = {
             StartAttempt: self._start_attempt,
+            UseModel: self._use_model,
             CancelAttempt: self._cancel_attempt,
             CommitAttempt: self._commit_attempt,
             PassAnswer: self._pass_answer,
@@ -266,10 +270,14 @@ class World:
         result = AttemptResult(command.request_id, command.attempt_id, server.name, command.kind, now_ns)
         self.result.attempts.append(result)
         call.result.n_attempts += 1
-        run = AttemptRun(call.ask, result, self.boxes[server.name], self, self._kernel)
+        run = AttemptRun(call.sent, result, self.boxes[server.name], self, self._kernel)
         call.runs[run.attempt_id] = self._runs[run.attempt_id] = run
         self._call_of[run.attempt_id] = call
         run.start()
+
+    def _use_model(self, command: UseModel) -> None:
+        call = self._calls[command.request_id]
+        call.sent = replace(call.ask, model=command.model)
 
     def _cancel_attempt(self, command: CancelAttempt) -> None:
         run = self._runs.pop(command.attempt_id, None)
@@ -428,7 +436,9 @@ class World:
         """Return when a server would give the first token if asked now; None: it would fail, or break its stream."""
         box = self.boxes[server_name]
         there_ns = now_ns + 3 * box.wire.link.latency_ns
-        first_ns = box.foresee_first_token_ns(self._calls[request_id].ask, there_ns)
+        ask, model = self._calls[request_id].ask, self._balancer.ledger.requests[request_id].model
+        ask = replace(ask, model=model or ask.model)
+        first_ns = box.foresee_first_token_ns(ask, there_ns)
         return None if first_ns is None else first_ns + box.wire.link.latency_ns
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from lbcore import catalog
+from lbcore.config import Alias
 from lbcore.fleet import Fleet
 from lbcore.ollama import Route, Shape, error_body, find_route
 from lbcore.records import Server
@@ -57,27 +58,30 @@ def preliminary_answer(head: RequestHead) -> LocalAnswer | None:
     return None
 
 
-def _root(_fleet: Fleet) -> LocalAnswer:
+Aliases = Iterable[Alias]
+
+
+def _root(_fleet: Fleet, _aliases: Aliases) -> LocalAnswer:
     return LocalAnswer(200, TEXT, b"Ollama is running")
 
 
-def _version(fleet: Fleet) -> LocalAnswer:
+def _version(fleet: Fleet, _aliases: Aliases) -> LocalAnswer:
     return json_answer(200, {"version": catalog.highest_version(fleet) or ""})
 
 
-def _tags(fleet: Fleet) -> LocalAnswer:
-    return LocalAnswer(200, JSON, catalog.tags_json(fleet))
+def _tags(fleet: Fleet, aliases: Aliases) -> LocalAnswer:
+    return LocalAnswer(200, JSON, catalog.tags_json(fleet, aliases=aliases))
 
 
-def _ps(fleet: Fleet) -> LocalAnswer:
+def _ps(fleet: Fleet, _aliases: Aliases) -> LocalAnswer:
     return LocalAnswer(200, JSON, catalog.ps_json(fleet))
 
 
-def _v1_models(fleet: Fleet) -> LocalAnswer:
-    return LocalAnswer(200, PLAIN_JSON, catalog.v1_models_json(fleet))
+def _v1_models(fleet: Fleet, aliases: Aliases) -> LocalAnswer:
+    return LocalAnswer(200, PLAIN_JSON, catalog.v1_models_json(fleet, aliases=aliases))
 
 
-_ANSWERS: Mapping[str, Callable[[Fleet], LocalAnswer]] = {
+_ANSWERS: Mapping[str, Callable[[Fleet, Aliases], LocalAnswer]] = {
     "/": _root,
     "/api/version": _version,
     "/api/tags": _tags,
@@ -90,7 +94,7 @@ NEEDS_SERVERS = frozenset(_ANSWERS) - {"/"} | {_V1_MODEL}
 """Local routes whose answer is made of what live servers said."""
 
 
-LISTS: Mapping[str, Callable[[Iterable[Server], catalog.May], bytes]] = {
+LISTS: Mapping[str, Callable[[Iterable[Server], catalog.May, Aliases], bytes]] = {
     "/api/tags": catalog.tags_json,
     "/api/ps": catalog.ps_json,
     "/v1/models": catalog.v1_models_json,
@@ -98,9 +102,10 @@ LISTS: Mapping[str, Callable[[Iterable[Server], catalog.May], bytes]] = {
 """Routes that list models, of which not everybody may see all."""
 
 
-def answer_list(route: Route, servers: Iterable[Server], may: catalog.May) -> LocalAnswer:
-    """Answer a route of `LISTS` with some of the models that these servers have."""
-    return LocalAnswer(200, PLAIN_JSON if route.shape is Shape.OPENAI else JSON, LISTS[route.name](servers, may))
+def answer_list(route: Route, servers: Iterable[Server], may: catalog.May, aliases: Aliases = ()) -> LocalAnswer:
+    """Answer a route of `LISTS` with some of the models that these servers have, and of their aliases."""
+    body = LISTS[route.name](servers, may, aliases)
+    return LocalAnswer(200, PLAIN_JSON if route.shape is Shape.OPENAI else JSON, body)
 
 
 def model_in_path(route: Route, path: str) -> str | None:
@@ -108,7 +113,7 @@ def model_in_path(route: Route, path: str) -> str | None:
     return unquote(path.rpartition("/")[2]) if route.name == _V1_MODEL else None
 
 
-def answer_route(route: Route, path: str, fleet: Fleet) -> LocalAnswer | None:
+def answer_route(route: Route, path: str, fleet: Fleet, aliases: Aliases = ()) -> LocalAnswer | None:
     """Answer a `local` or `aggregate` route; None when a server had better be asked.
 
     Without a live server, what would be made of servers is a 502.
@@ -117,6 +122,6 @@ def answer_route(route: Route, path: str, fleet: Fleet) -> LocalAnswer | None:
         return error_answer(route.shape, 502, fleet.nobody_there(), retry_after_s=1)
     model = model_in_path(route, path)
     if model is None:
-        return _ANSWERS[route.name](fleet)
-    body = catalog.v1_model_json(fleet, model)
+        return _ANSWERS[route.name](fleet, aliases)
+    body = catalog.v1_model_json(fleet, model, aliases)
     return None if body is None else LocalAnswer(200, PLAIN_JSON, body)

@@ -8,7 +8,8 @@ from functools import cached_property
 
 import anyio
 
-from lbcore.config import Strategy
+from lbcore.aliases import find_alias, is_own_name, model_now
+from lbcore.config import Alias, Strategy
 from lbcore.ollama import BodyFacts, Route, canonical_model, find_route, shape_of
 from lbcore.requests import PIN_HEADER
 from lbio.access.gate import Gate
@@ -33,9 +34,12 @@ from lbio.driver import Driver
 from lbio.http1 import HeaderPairs, RequestHead
 from lbio.wire.bodies import read_facts
 from lbio.wire.headers import has_passed
+from lbio.wire.model_place import ModelPlace, PlacelessError, find_place
 
 SERVER_HEADER = PIN_HEADER.encode()
 """In which a client names servers, and an answer tells who gave it."""
+MODEL_HEADER = b"X-Ollama-LB-Model"
+"""In which the answer to a request for an alias tells which model gave it."""
 
 _PIN = SERVER_HEADER.lower()
 _LOOP = "this request has been here before: a server that it was sent to leads back to this load balancer"
@@ -55,6 +59,12 @@ class Ask:
     key: Key | None = None
     show_key: shows.Key | None = None
     """Under which the answer of a server to `/api/show` is kept."""
+    show_model: str = ""
+    """The model that this answer is of, if another name than that goes to the server."""
+    alias: Alias | None = None
+    """Which the model named is."""
+    place: ModelPlace | None = None
+    """Where the body names the alias."""
 
     @cached_property
     def route(self) -> Route:
@@ -99,6 +109,7 @@ class OwnAnswers:
             *((self._cli_view,) if cli else ()),
             self._lists_for_some,
             self._view,
+            *([self._named_by_alias] if driver.balancer.config.aliases else []),
             self._kept_show,
         )
 
@@ -167,7 +178,8 @@ class OwnAnswers:
         fleet = self._driver.balancer.fleet
         servers = [server for server in fleet if server.is_alive and (not ask.servers or server.name in ask.servers)]
         if servers:
-            return answer_list(ask.route, servers, ask.key.models.may)
+            aliases = () if ask.servers else self._driver.balancer.config.aliases.values()
+            return answer_list(ask.route, servers, ask.key.models.may, aliases)
         message = f"{PIN_HEADER}: no server of this name is alive" if ask.servers else fleet.nobody_there()
         return error_answer(ask.route.shape, 502, message, retry_after_s=1)
 
@@ -178,16 +190,44 @@ class OwnAnswers:
             return None
         if ask.route.name in NEEDS_SERVERS:
             await self._settled()
-        return answer_route(ask.route, ask.head.path, self._driver.balancer.fleet)
+        balancer = self._driver.balancer
+        return answer_route(ask.route, ask.head.path, balancer.fleet, balancer.config.aliases.values())
+
+    async def _named_by_alias(self, ask: Ask) -> LocalAnswer | None:
+        """Find out whether an alias is asked for, and where the body says so; refuse one that does not tell."""
+        ask.alias = find_alias(self._driver.balancer.config, ask.route.name, ask.facts.model)
+        if ask.alias is None:
+            return None
+        try:
+            ask.body, ask.place = find_place(ask.body, ask.head.header(b"content-type") or b"")
+        except PlacelessError as error:
+            message = f"'{ask.alias.name}' is an alias here, and no model can be put in its place: {error}"
+            return error_answer(ask.route.shape, 400, message)
+        return None
+
+    def for_model_now(self, ask: Ask) -> Ask:
+        """Return a request for an alias as one for the model that the alias stands for now."""
+        if ask.alias is None or ask.place is None:
+            return ask
+        model = model_now(ask.alias, self._driver.balancer.fleet)
+        if model is None or is_own_name(ask.alias, model):
+            return replace(ask, alias=None, place=None)
+        return replace(ask, body=ask.place.renamed(ask.body, model)[0], alias=None, place=None)
 
     async def _kept_show(self, ask: Ask) -> LocalAnswer | None:
         if ask.route.name != "/api/show" or ask.is_pinned:
             return None
-        ask.show_key = Shows.key(self._driver.balancer.fleet, ask.facts.model, ask.body)
+        fleet, model = self._driver.balancer.fleet, ask.facts.model
+        if ask.alias is not None:
+            model = model_now(ask.alias, fleet)
+            ask.show_model = "" if model is None or is_own_name(ask.alias, model) else model
+        ask.show_key = Shows.key(fleet, model, ask.body)
         shown = self.shows.get(ask.show_key) if ask.show_key is not None else None
         if shown is None:
             return None
         ours: HeaderPairs = ((SERVER_HEADER, shown.server.encode()),)
+        if ask.show_model:
+            ours = (*ours, (MODEL_HEADER, ask.show_model.encode()))
         return LocalAnswer(200, shown.content_type, shown.body, ours)
 
     async def _settled(self) -> None:

@@ -167,7 +167,8 @@ class Parts:
         if self._is_over:
             return
         self._servers[index] = exchange.chosen.endpoint.name if exchange.chosen is not None else ""
-        if answer is not None and answer.head.status == 200:
+        as_planned = exchange.chosen is not None and not exchange.chosen.sent_as
+        if answer is not None and answer.head.status == 200 and as_planned:
             n_before = sum(self._plan.shares[:index])
             self._portions[index] = read_portion(bytes(answer.held), self._plan.form, n_before, share)
         if self._portions[index] is not None:

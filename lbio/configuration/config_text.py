@@ -8,7 +8,8 @@ from typing import Any
 
 import tomli_w
 
-from lbcore.config import ModelSettings, ServerSettings
+from lbcore.config import Alias, ModelSettings, ServerSettings
+from lbcore.config_aliases import dump_aliases
 from lbcore.config_routes import dump_routes
 from lbcore.ollama import PASS_THROUGH, ROUTES, Route
 from lbcore.parsing import quote, show
@@ -30,6 +31,7 @@ def dump(app: AppConfig) -> str:
                 below[field.key] = _written(field, value)
     scalars = {key: value for key, value in tree.items() if not isinstance(value, dict)}
     tables = {"fleet": list(app.fleet), "routes": dump_routes(app.core.routes, app.core.race),
+              "alias": dump_aliases(app.core.aliases),
               **{key: value for key, value in tree.items() if key not in scalars}}
     texts = [
         tomli_w.dumps(scalars),
@@ -99,6 +101,16 @@ A table says more and takes the rest from [race]:
 "/api/chat" = { strategy = "race", winner = "first-token", racers_max = 3, hedges_max = 0 }
 """
 
+_ALIAS_HEAD = """\
+Names that stand for models, such as one that a program insists on. Servers are asked for the first of the list that a \
+live one has, and when that fails, for the next; the answer names what the client has asked for. Lists show an alias \
+while a live server has one of its models. Pull, push, create, copy and delete mean the model of the name itself.
+
+A model may have others to fall back on: then its own name stands first in its list. Another alias in a list stands \
+for its own list. An alias goes before a model of the same name. Names with a dot or a colon need quotes.
+"""
+EXAMPLE_ALIASES = (Alias("gpt-4o", ("llama3.2",)), Alias("llama3.3:70b", ("llama3.3:70b", "llama3.2")))
+
 
 def document(app: AppConfig | None = None) -> str:
     """Return TOML text that has every key once, with a comment; `configs/prod.toml` is this for the defaults."""
@@ -107,6 +119,7 @@ def document(app: AppConfig | None = None) -> str:
     blocks = [_comment(_HEAD), *_settings_blocks(app), _rule(_KEYS_HEAD), *_keys_blocks(app)]
     blocks += [_rule(_SERVERS_HEAD), *_server_blocks(servers, app), _rule(_ROUTES_HEAD), _routes_block(app)]
     blocks += [_rule(_MODELS_HEAD), *_models_blocks(app)]
+    blocks += [_rule(_ALIAS_HEAD), _alias_block(app)]
     for part in (app.core, app):
         for field in fields_of(type(part)):
             if field.section is not None:
@@ -195,6 +208,13 @@ def _routes_block(app: AppConfig) -> str:
     changed = dump_routes(app.core.routes, app.core.race)
     lines = [_route_line(route, changed.get(route.name, str(route.strategy))) for route in (*ROUTES, PASS_THROUGH)]
     return "\n".join(("[routes]", *lines))
+
+
+def _alias_block(app: AppConfig) -> str:
+    """Return the aliases; without any, examples in comments."""
+    shown = app.core.aliases or {alias.name: alias for alias in EXAMPLE_ALIASES}
+    lines = (f"{join('', name)} = {_toml(models)}" for name, models in dump_aliases(shown).items())
+    return "\n".join(("[alias]", *(lines if app.core.aliases else (f"# {line}" for line in lines))))
 
 
 def _route_line(route: Route, value: str | Mapping[str, Any]) -> str:

@@ -48,6 +48,10 @@ def summary_lines(app: AppConfig) -> Iterator[str]:
     yield "routes"
     measure = format_duration(app.core.race.measure_ns)
     yield from _columns([(name, _route_text(route, measure)) for name, route in app.core.routes.items()])
+    if app.core.aliases:
+        yield ""
+        yield "aliases"
+        yield from _columns([(alias.name, ", else ".join(alias.models)) for alias in app.core.aliases.values()])
     if app.warnings:
         yield ""
         yield from (f"warning: {warning}" for warning in app.warnings)
@@ -127,6 +131,7 @@ def summary_object(app: AppConfig) -> dict[str, Any]:
         "keys": [_key_object(key) for key in app.keys],
         "fleet": [str(table.get("name")) for table in app.fleet],
         "models": [dataclasses.asdict(model) for model in app.core.models],
+        "alias": {alias.name: list(alias.models) for alias in app.core.aliases.values()},
         "routes": {name: dataclasses.asdict(route) for name, route in app.core.routes.items()},
     }
 

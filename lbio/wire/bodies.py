@@ -47,7 +47,7 @@ _decode_keep_alive = msgspec.json.Decoder(str | float | None).decode
 _EMPTY_BYTES_MAX = 16  # longer JSON is taken for not empty, unread
 _OPTION_BYTES_MAX = 32  # the longest number or word that a runner option can be
 _NAME_BYTES_MAX = 12 * MODEL_CHARS_MAX  # each character written as two escapes
-_LENIENT_BYTES_MAX = 256 << 10  # larger bodies are decoded strictly: objects take many times the memory of their text
+LENIENT_BYTES_MAX = 256 << 10  # larger bodies are decoded strictly: objects take many times the memory of their text
 _FIELD_BYTES_MAX = 1024 + 4 * MODEL_CHARS_MAX  # of a form: its headers, its value and what follows
 _FIELDS_MAX = 64  # of a form that are looked at: of many millions, that would take minutes
 _MODEL_FIELD = re.compile(
@@ -60,7 +60,9 @@ def read_facts(route: Route, method: str, body: bytes, content_type: bytes = b""
     """Return what `body` says; a body that cannot be understood says nothing, so that an Ollama gives the answer."""
     kind = request_kind(route, method, empty=False, keep_alive=None)
     if content_type.lower().startswith(b"multipart/form-data"):
-        return BodyFacts(model=_form_model(body), kind=kind)
+        field = form_model(body)
+        name = field[1].decode(errors="replace").strip() if field is not None else ""
+        return BodyFacts(model=name if 0 < len(name) <= MODEL_CHARS_MAX else None, kind=kind)
     if body.lstrip()[:1] != b"{":
         return BodyFacts(kind=kind)
     try:
@@ -78,8 +80,11 @@ def read_facts(route: Route, method: str, body: bytes, content_type: bytes = b""
     return BodyFacts(model=model, runner_key=key, stream=stream and can_stream and not answers_at_once, kind=kind)
 
 
-def _form_model(body: bytes) -> str | None:
-    """Return the field `model` of a form, without taking the form apart: the rest is a recording of many megabytes."""
+def form_model(body: bytes) -> re.Match[bytes] | None:
+    """Find the field `model` of a form, without taking the form apart: the rest is a recording of many megabytes.
+
+    Its value is the first group.
+    """
     at = -1
     for _ in range(_FIELDS_MAX):
         at = body.find(b"form-data", at + 1)
@@ -87,8 +92,7 @@ def _form_model(body: bytes) -> str | None:
             break
         field = _MODEL_FIELD.match(body, at, at + _FIELD_BYTES_MAX)
         if field is not None:
-            name = field[1].decode(errors="replace").strip()
-            return name if 0 < len(name) <= MODEL_CHARS_MAX else None
+            return field
     return None
 
 
@@ -97,10 +101,10 @@ def _fields(body: bytes) -> _Fields:
     try:
         fields = _decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        if len(body) > _LENIENT_BYTES_MAX:
+        if len(body) > LENIENT_BYTES_MAX:
             return _decode(without_surrogates(body))
     else:
-        if fields.model or fields.name or fields.source or len(body) > _LENIENT_BYTES_MAX:
+        if fields.model or fields.name or fields.source or len(body) > LENIENT_BYTES_MAX:
             return fields
     return _lenient_fields(body)
 

@@ -52,7 +52,7 @@ class SeededDice:
         return self._rng.random() < share
 
 
-ONE, TWO, NOBODYS = "one:latest", "two:latest", "nobodys:latest"
+ONE, TWO, NOBODYS, ALIAS = "one:latest", "two:latest", "nobodys:latest", "any"
 _QUIET_S = 25
 """How long after the last fault the last clients come: by then every server must have been found again."""
 
@@ -81,6 +81,8 @@ def draw_scenario(dice: Dice) -> Tables:
     models = _models(dice, names)  # drawn last, so that older seeds are what they were but for these
     if models:
         tables["models"] = models
+    if dice.chance(0.25):  # drawn last, so that all else of a seed is as without it
+        _name_by_alias(dice, tables)
     return tables
 
 
@@ -250,6 +252,18 @@ def _clients(dice: Dice, n: int, duration_s: int) -> Tables:
         return {"kind": kind, "requests": n, "duration": f"{duration_s}s", **talk}
     table: Tables = {"kind": kind, "requests": n, "rate": n / duration_s * dice.pick([1.2, 5.0])}
     return table | {"cv": 4.0} if kind == "gamma" else table
+
+
+def _name_by_alias(dice: Dice, tables: Tables) -> None:
+    """Let clients ask for an alias, or for a model that has others to fall back on."""
+    chain = dice.pick([[TWO, ONE], [NOBODYS, ONE], [ONE, TWO], [ONE]])
+    tables["alias"] = dice.pick([{ALIAS: chain}, {ONE: [ONE, TWO]}, {TWO: [TWO, ONE], ALIAS: [TWO]}])
+    share = dice.pick([1.0, 0.5])
+    asked = ALIAS if ALIAS in tables["alias"] else ONE
+    clients, *_ = tables["workload"]
+    others = clients["models"] if isinstance(clients["models"], dict) else {clients["models"]: 1.0}
+    mixed = {name: weight * (1.0 - share) for name, weight in others.items()} if share < 1.0 else {}
+    clients["models"] = {**mixed, asked: mixed.get(asked, 0.0) + share}
 
 
 # --- what goes wrong ---------------------------------------------------------------------------------------------
