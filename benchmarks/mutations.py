@@ -209,6 +209,30 @@ MUTATIONS: Sequence[Mutation] = (
         "a.server is server and",
         "False and",
     ),
+    Mutation(
+        "an alias stands for its first model, whoever has that",
+        "lbcore.aliases:resolve",
+        "name or use.models[0]",
+        "use.models[0]",
+    ),
+    Mutation(
+        "the next model of an alias is not tried",
+        "lbcore.requests:Requests.retry",
+        "(model := aliases.next_model(request, self._fleet)) is not None",
+        "(model := None) is not None",
+    ),
+    Mutation(
+        "servers are asked for another model than is counted",
+        "lbcore.ledger:Ledger.start",
+        "self._out.append(UseModel(request.id, alias.name))",
+        "pass",
+    ),
+    Mutation(
+        "the last model of an alias comes first",
+        "lbcore.aliases:resolve",
+        "for name in use.models if _live_holders(request, name, fleet)",
+        "for name in use.models[::-1] if _live_holders(request, name, fleet)",
+    ),
 )
 
 

@@ -46,7 +46,8 @@ def _problems_of(name: str, value: Any, key: str) -> Iterator[Problem]:
     if not _is_usable(name):
         yield Problem(key, ABSENT, "is no name that a client could ask for", "write it as in a request: gpt-4o")
     if isinstance(value, Mapping):
-        yield Problem(key, value, "is a table", f"a name with a dot in it needs quotes: [alias] and {_EXAMPLE}")
+        meant = quote(f"{name}.{next(iter(value), '1')}")
+        yield Problem(key, value, "is a table", f'a name with a dot in it needs quotes: {meant} = "llama3.2"')
         return
     try:
         models = parse_value(_TEXTS, [value] if isinstance(value, str) else value)

@@ -254,11 +254,10 @@ class Promises:
         if start.server_id in call.tried:
             yield f"{start}: the server was asked before"
         server = self._balancer.fleet.servers[start.server_id]
-        holders = self._really_have(call.model)
-        if server.name not in holders:
-            better = [s.name for s in self._balancer.fleet if s.is_alive and s.name in holders]
-            if better:
-                yield f"{start}: {server.name} does not have {call.model}, and {better[0]} has"
+        if server.name not in self._really_have(call.model) or (not server.is_alive and call.waits):
+            others = [model for model in dict.fromkeys((call.model, *call.others)) if self._live_holders(model)]
+            if others:
+                yield f"{start}: {server.name} is dead or does not have {call.model}, somebody else has {others[0]}"
         attempt = self._balancer.ledger.attempts.get(start.attempt_id)
         if attempt is not None and attempt.cold and attempt.first_token_ns is None:
             for of in (self._loads, self._cold):
