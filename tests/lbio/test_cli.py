@@ -289,6 +289,17 @@ def test_check_in_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None
                                            "racers_max": 2, "hedges_max": 1}
 
 
+def test_check_tells_what_aliases_come_to(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(GOOD + '[alias]\n"gpt-4o" = "big"\nbig = ["a:70b", "b"]\n', encoding="utf-8")
+    assert main(["check", str(config)]) == 0
+    assert "\naliases\n  gpt-4o  a:70b, else b\n  big     a:70b, else b\n" in capsys.readouterr().out
+    assert main(["check", str(config), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["alias"] == {"gpt-4o": ["a:70b", "b"], "big": ["a:70b", "b"]}
+    config.write_text(GOOD + '[alias]\na = "b"\nb = "a"\n', encoding="utf-8")
+    assert main(["check", str(config)]) == 2
+    assert 'alias.a: goes in a circle: "a" -> "b" -> "a"' in capsys.readouterr().err
+
+
 def test_problems_in_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config.write_text(GOOD + "seed = 1\n[race]\nbudget = nan\nmeasure = 2020-01-01\n", encoding="utf-8")
     assert main(["check", str(config), "--json"]) == 2

@@ -133,7 +133,7 @@ NO_SERVER = ('servers: no server is named; write [[servers]] and below it url = 
     ({**LOADED, "mesure": "2s"}, 'mesure: "2s" is set, but there is no such key; did you mean race.measure?'),
     ({**LOADED, "timeouts": {"measure": 2}}, "timeouts.measure: 2 is set, but there is no such key; did you mean race.measure?"),
     ({**LOADED, "zzzz": 1},
-     "zzzz: 1 is set, but there is no such key; the keys here are listen, origins, drain_timeout, seed, cli_extras, client, limits, pool, proxy, admin, embed, log, record, race, selection, health, probe, timeouts, retry, queue, placement, servers, models, routes, keys, fleet"),
+     "zzzz: 1 is set, but there is no such key; the keys here are listen, origins, drain_timeout, seed, cli_extras, client, limits, pool, proxy, admin, embed, log, record, race, selection, health, probe, timeouts, retry, queue, placement, servers, models, routes, alias, keys, fleet"),
     ({**LOADED, "selection": {"idle_timeout": 2}},
      "selection.idle_timeout: 2 is set, but there is no such key; did you mean client.idle_timeout or pool.idle_timeout?"),
     ({**LOADED, "race": {"slots": 2}}, "race.slots: 2 is set, but there is no such key; did you mean servers.slots?"),

@@ -68,10 +68,12 @@ KEYS = st.lists(_table(KeySettings, name=st.nothing(), hash=st.nothing(), env=st
     lambda tables: [{**table, "name": f"key {index}", "env": "A_KEY"} for index, table in enumerate(tables)])
 SERVERS = st.lists(_table(ServerSettings, url=st.nothing(), name=st.from_regex(r"[!-+\-.0-~]{1,9}", fullmatch=True), **UPSTREAM), max_size=4).map(
     lambda tables: [{**table, "url": f"http://host{index}"} for index, table in enumerate(tables)])
+ALIAS_NAMES = st.sampled_from(["a", "gpt-4.1", "hf.co/x/Y:Q4_K_M", "ä", "b"])
 FILES = st.fixed_dictionaries({}, optional={
     **_sections(Config), **_sections(AppConfig), "listen": st.sampled_from([":1", "gpu:0", "[::1]:5"]),
     "origins": st.lists(st.sampled_from(["https://a.example", "*", "App://*", "http://*.b:1"]), max_size=3),
     "drain_timeout": st.integers(0, 99), "seed": st.integers(0, 2**63 - 1), "servers": SERVERS, "keys": KEYS,
+    "alias": st.dictionaries(ALIAS_NAMES, ALIAS_NAMES | st.lists(ALIAS_NAMES, min_size=1, max_size=3), max_size=3),
     "routes": st.fixed_dictionaries({}, optional={
         "/api/chat": RACED, "/v1/messages": RACED, "/api/tags": st.just("sequential"), "*": st.just("sequential")}),
 })
@@ -131,7 +133,7 @@ def explained_keys() -> list[tuple[str, str, str, str]]:
             comment = ""
         else:
             comment = f"{comment} {line[2:]}" if line.startswith("#") else ""
-    return [entry for entry in found if entry[0] != "again"]
+    return [entry for entry in found if entry[0] not in {"again", "alias"}]  # whose keys are names of the operator's
 
 
 def expected_fields() -> dict[tuple[str, str], Field]:

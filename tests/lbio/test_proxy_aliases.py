@@ -194,7 +194,8 @@ async def test_a_body_in_which_no_other_name_can_be_put_is_refused() -> None:
 
 
 async def test_what_the_model_writes_comes_as_it_is_however_the_server_cuts_it() -> None:
-    told = b'{"model":"tiny","message":{"content":"\\"model\\":\\"tiny\\"","tool_calls":[{"model":"tiny"}]},"done":%s}\n'
+    text = b'"content":"\\"model\\":\\"tiny\\"","tool_calls":[{"model":"tiny"}]'
+    told = b'{"model":"tiny","message":{' + text + b'},"done":%s}\n'
     stream = (told % b"false") * 3 + told % b"true"
     pieces = [stream[i : i + 11] for i in range(0, len(stream), 11)]
     wire = NDJSON + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(pieces)
@@ -290,8 +291,8 @@ async def test_a_key_is_judged_by_the_name_that_is_asked_for() -> None:
         async def ask(method: str, path: str, body: object = None) -> Answer:
             data = json.dumps(body).encode() if body is not None else b""
             length = f"Content-Length: {len(data)}\r\n" if data else ""
-            head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nx-api-key: {token}\r\n{length}\r\n"
-            return await rig.send(head.encode() + data, method)
+            head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nx-api-key: {token}\r\n"
+            return await rig.send(f"{head}{length}\r\n".encode() + data, method)
 
         assert (await ask("POST", "/api/chat", chat(model="gpt-4o"))).status == 200
         assert (await ask("POST", "/api/chat", chat(model="small"))).status == 403
