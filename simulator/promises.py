@@ -28,53 +28,15 @@ from lbcore.commands import (
     UseModel,
     Work,
 )
-from lbcore.config import Alias, Config
+from lbcore.config import Config
 from lbcore.events import Event, Reason
 from lbcore.ollama import canonical_model
 from lbcore.records import Attempt, Server
 from simulator.box import Box
+from simulator.calls import Call
 
 RACE_BURST = 10
 """Unused race budget is kept up to this many attempts (`lbcore.admission`)."""
-
-
-class Call:
-    """One request, as its client and we know it."""
-
-    __slots__ = (
-        "arrived_ns",
-        "committed",
-        "id",
-        "is_over",
-        "live",
-        "model",
-        "options",
-        "others",
-        "racers_min",
-        "tried",
-    )
-
-    def __init__(self, arrived: ev.RequestArrived, alias: Alias | None, racers_min: int, now_ns: int) -> None:
-        self.id = arrived.request_id
-        self.model = canonical_model(arrived.model or "")  # as servers are asked for it at present
-        self.others = [canonical_model(name) for name in alias.models] if alias is not None else []  # not tried yet
-        self.options = arrived.runner_key
-        self.arrived_ns = now_ns
-        self.racers_min = racers_min
-        self.tried: list[int] = []  # servers
-        self.live: dict[int, StartAttempt] = {}
-        self.committed: int | None = None  # attempt
-        self.is_over = False
-
-    @property
-    def waits(self) -> bool:
-        """Nobody was asked for it yet."""
-        return not self.tried and not self.is_over
-
-    @property
-    def races(self) -> bool:
-        """Somebody was asked, and it has no answer yet."""
-        return bool(self.tried) and self.committed is None and not self.is_over
 
 
 class Promises:

@@ -31,6 +31,7 @@ from lbcore.config import (
     Strategy,
     Winner,
 )
+from lbcore.config_aliases import parse_aliases
 from lbcore.events import Event, Reason
 from lbcore.invariants import Auditor
 from lbcore.ollama import RequestKind, find_route
@@ -38,7 +39,8 @@ from lbcore.records import Server
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.states import AttemptState, ServerState
 
-MODELS = ("m", "n:7b", "registry.ollama.ai/library/m:latest", "unknown")
+MODELS = ("m", "n:7b", "registry.ollama.ai/library/m:latest", "unknown", "big")
+CHAINS = {"big": ["nobodys", "n:7b", "m"], "m": ["m", "n:7b"]}
 ON_DISK = ("m:latest", "n:7b")
 ROUTES = {
     "/api/chat": Strategy.RACE,
@@ -79,6 +81,8 @@ class Model:
         self.merged: dict[int, tuple[int, ...]] = {}  # the servers whose answers make one
         self.running: dict[int, cmd.StartAttempt] = {}
         self.started: dict[int, cmd.StartAttempt] = {}
+        self.used: dict[int, list[str]] = {}  # by request: the models that servers were to be asked for
+        self.asked: set[tuple[int, int, int]] = set()  # request, how many models before, server
         self.whole_answers: set[int] = set()
         self.probes: dict[int, int] = {}
         self.gone: set[int] = set()
@@ -93,8 +97,15 @@ class Model:
                 assert request_id not in self.answered
                 assert attempt_id > max(self.started, default=0), "ids are not reused"
                 assert server_id not in self.gone
-                assert (request_id, server_id) not in {(a.request_id, a.server_id) for a in self.started.values()}
+                asked = request_id, len(self.used.get(request_id, ())), server_id
+                assert asked not in self.asked
+                self.asked.add(asked)
                 self.running[attempt_id] = self.started[attempt_id] = command
+            case cmd.UseModel(request_id, model):
+                assert request_id in self.open
+                assert request_id not in {a.request_id for a in self.running.values()}
+                assert model not in self.used.setdefault(request_id, [])
+                self.used[request_id].append(model)
             case cmd.CancelAttempt(attempt_id):
                 self.cancels[attempt_id] += 1
                 assert self.running.pop(attempt_id, None) is not None, f"{command}: not running"
@@ -190,6 +201,7 @@ class Machine(RuleBasedStateMachine):
         fall=st.integers(1, 2),
         losses_max=st.integers(1, 2),
         synced=st.booleans(),
+        chains=st.sampled_from([{}, CHAINS]),
     )
     def build(
         self,
@@ -206,6 +218,7 @@ class Machine(RuleBasedStateMachine):
         fall: int,
         losses_max: int,
         synced: bool,
+        chains: dict[str, list[str]],
     ) -> None:
         self.room = room
         low, high = racers
@@ -229,6 +242,7 @@ class Machine(RuleBasedStateMachine):
             ),
             retry=RetrySettings(budget=retry[0], budget_min=retry[1]),
             queue=QueueSettings(length_max=queue, timeout_ns=20 * SECOND_NS),
+            aliases=parse_aliases(chains, []),
         )
         self.balancer = LoadBalancer(self.config, Random(seed))
         self.auditor = Auditor(self.balancer)

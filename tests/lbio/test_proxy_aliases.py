@@ -16,6 +16,7 @@ from lbio.access.keys import new_hash, new_token
 from simulator.fake_ollama import FakeModel
 from simulator.faults import Fault, FaultKind
 from tests.lbio.kit import LIMIT_S, NDJSON, Rig, Scripted, balanced, chat_request, chunked, scripted, specs
+from tests.lbio.test_proxy_embed import embedders
 from tests.simulator.wire import Answer, chat, request
 
 pytestmark = pytest.mark.anyio
@@ -98,6 +99,17 @@ async def test_an_embedding_names_it_too() -> None:
         for path in ("/api/embed", "/v1/embeddings"):
             answer = await rig.ask("POST", path, {"model": "gpt-4o", "input": ["a", "b"]})
             assert (answer.status, answer.complete, names_in(answer)) == (200, True, {"gpt-4o"})
+
+
+async def test_many_embeddings_are_divided_over_servers_that_have_the_model_in_use() -> None:
+    texts = {"model": "gpt-embed", "input": [f"text {number}" for number in range(24)]}
+    embed = {"split_above": 8}
+    async with balanced(embedders("a", "b"), alias={"gpt-embed": "e5", "e5": ["e5", "other"]}, embed=embed) as rig:
+        real = await rig.ask("POST", "/v1/embeddings", {**texts, "model": "e5"})
+        answer = await rig.ask("POST", "/v1/embeddings", texts)
+        assert (answer.status, answer.header("X-Ollama-LB-Attempts"), answer.header(MODEL)) == (200, "2", "e5")
+        assert answer.body == real.body.replace(b'"model":"e5"', b'"model":"gpt-embed"')
+        assert (real.header("X-Ollama-LB-Attempts"), real.header(MODEL)) == ("2", None)
 
 
 async def test_loads_and_unloads_act_on_the_model_in_use() -> None:
