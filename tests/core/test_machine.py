@@ -97,9 +97,9 @@ class Model:
                 assert request_id not in self.answered
                 assert attempt_id > max(self.started, default=0), "ids are not reused"
                 assert server_id not in self.gone
-                asked = request_id, len(self.used.get(request_id, ())), server_id
-                assert asked not in self.asked
-                self.asked.add(asked)
+                sent = request_id, len(self.used.get(request_id, ())), server_id
+                assert sent not in self.asked
+                self.asked.add(sent)
                 self.running[attempt_id] = self.started[attempt_id] = command
             case cmd.UseModel(request_id, model):
                 assert request_id in self.open
