@@ -216,7 +216,8 @@ class Promises:
         if start.server_id in call.tried:
             yield f"{start}: the server was asked before"
         server = self._balancer.fleet.servers[start.server_id]
-        if server.name not in self._really_have(call.model) or (not server.is_alive and call.waits):
+        tries_dead = start.kind is AttemptKind.PRIMARY and server.name in self._died_ns
+        if tries_dead or server.name not in self._really_have(call.model):
             others = [model for model in dict.fromkeys((call.model, *call.others)) if self._live_holders(model)]
             if others:
                 yield f"{start}: {server.name} is dead or does not have {call.model}, somebody else has {others[0]}"
