@@ -97,6 +97,11 @@ class Fleet:
                 server.model(model)
         return named
 
+    def suspected(self, model: str | None) -> list[Server]:
+        """Return the live servers that have a model, or may have got it by what has changed since they were read."""
+        found = [server for server in self.holders(None) if server.outdated or model is None or server.has(model)]
+        return found if model is None else self.named([server.name for server in found], model)
+
     def pool(self, model: str | None) -> Holders:
         """Return the same servers, and what else follows from the catalog."""
         known = self._holders.get(model)

@@ -60,6 +60,7 @@ class Route:
     needs_model: bool = True  # only a server that has the model named in the body can do it
     uploads: bool = False  # the body of a POST is passed on as it comes: nobody holds it, so it is sent once
     batches: bool = False  # may ask for many answers at once, of which none depends on another
+    plain: bool = False  # the answer is plain text, if that is what the client wants
 
     @property
     def takes_alias(self) -> bool:
@@ -100,7 +101,7 @@ ROUTES: tuple[Route, ...] = (
     Route("/api/embed", ("POST",), Strategy.SEQUENTIAL, _ONE, generates=True, batches=True),
     Route("/api/embeddings", ("POST",), Strategy.SEQUENTIAL, _ONE, generates=True),
     Route("/v1/embeddings", ("POST",), Strategy.SEQUENTIAL, _ONE, Shape.OPENAI, generates=True, batches=True),
-    Route("/v1/audio/transcriptions", ("POST",), Strategy.SEQUENTIAL, _ONE, Shape.OPENAI, generates=True),
+    Route("/v1/audio/transcriptions", ("POST",), Strategy.SEQUENTIAL, _ONE, Shape.OPENAI, generates=True, plain=True),
     Route(
         "/api/pull",
         ("POST",),

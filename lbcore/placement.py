@@ -48,9 +48,10 @@ class Placement:
 
     def concerned(self, request: Request) -> list[Server]:
         """Return all live servers that a broadcast goes to."""
-        if request.event.servers or find_route(request.event.route).needs_model:
+        if request.event.servers:
             return self.holders(request)
-        return self._fleet.holders(None)
+        needs_model = find_route(request.event.route).needs_model
+        return self._fleet.suspected(request.model) if needs_model else self._fleet.holders(None)
 
     def first(self, request: Request, candidates: Sequence[Server], now_ns: int) -> list[Server]:
         """Return who gets the request at once: the primary, then its racers."""

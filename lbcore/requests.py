@@ -199,8 +199,10 @@ class Requests:
             return
         self._out.append(EndMerge(request.id))
         n_all, failures = len(request.attempts), request.failures
-        if not failures:
-            self._ledger.end(request, RequestInput.FINISH, Decision.FINISHED, f"on all {n_all} servers", now_ns)
+        n_lacking = sum(failure.reason is Reason.MODEL_NOT_FOUND for failure in failures)
+        if len(failures) < n_all and n_lacking == len(failures):
+            where = f"on all {n_all} servers" if not n_lacking else f"on {n_all - n_lacking} servers, which had it"
+            self._ledger.end(request, RequestInput.FINISH, Decision.FINISHED, where, now_ns)
             return
         refused = all(400 <= failure.status < 500 for failure in failures)
         if refused and (len(failures) == n_all or request.kind is _GENERATE):  # such as for what is not there

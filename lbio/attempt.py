@@ -204,7 +204,7 @@ class AttemptRun:
             self._fail(Reason.RESET, "")
             return
         route = self.exchange.request.route
-        if route.generates and head.status < 300 and not _is_model_output(head):
+        if route.generates and head.status < 300 and not _is_model_output(head, plain=route.plain):
             # such as the page of a captive portal, which would win every race
             self._fail(Reason.GARBAGE, f"it is {(head.header(b'content-type') or b'of no type').decode('latin-1')}")
             return
@@ -379,8 +379,9 @@ class AttemptRun:
             self._telling = False
 
 
-def _is_model_output(head: ResponseHead) -> bool:
-    return (head.header(b"content-type") or b"").lower().startswith(_MODEL_OUTPUT)
+def _is_model_output(head: ResponseHead, *, plain: bool) -> bool:
+    said = (head.header(b"content-type") or b"").lower()
+    return said.startswith(_MODEL_OUTPUT) or (plain and said.startswith(b"text/plain"))
 
 
 def shortened(body: bytes | bytearray) -> str:

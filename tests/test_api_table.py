@@ -63,6 +63,7 @@ ROWS: Mapping[str, tuple[tuple[str, ...], tuple[Row, ...]]] = {
                 "lbio/test_bodies.py::test_the_model_of_a_form_is_its_field_wherever_it_stands",
                 "lbio/test_proxy_paths.py::test_a_recording_reaches_a_server_that_has_its_model_byte_for_byte",
                 "lbio/test_proxy_paths.py::test_finding_the_model_of_a_recording_copies_nothing_of_it",
+                "clients/test_openai.py::test_a_recording_is_transcribed",
             )),
         ),
     ),
@@ -135,6 +136,10 @@ ROWS: Mapping[str, tuple[tuple[str, ...], tuple[Row, ...]]] = {
         (
             ("on every server that has the model", (
                 "lbio/test_proxy_merges.py::test_a_copy_and_a_delete_go_to_every_server_that_has_the_model_and_can_be_seen_at_once",
+            )),
+            ("also where the model has come just now", (
+                "core/test_merge_stories.py::test_a_delete_goes_also_where_the_model_may_have_come_since_the_server_was_read",
+                "lbio/test_proxy_merges.py::test_what_is_copied_and_deleted_at_once_is_left_nowhere",
             )),
             ("404 when none has it", (
                 "lbio/test_proxy_merges.py::test_what_no_server_has_is_a_404_in_ollamas_words",

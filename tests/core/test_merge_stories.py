@@ -47,6 +47,21 @@ def test_a_copy_goes_to_every_server_that_has_the_model_and_ends_when_all_have_a
     assert book.outcome(1) is Decision.FINISHED
 
 
+def test_a_delete_goes_also_where_the_model_may_have_come_since_the_server_was_read() -> None:
+    """Who copies and then deletes at once leaves nothing behind."""
+    book = fleet("a b c", have="m n")
+    for name in ("b", "c"):
+        book.server(name).models.pop("m:latest")
+    book.balancer.fleet._changed()
+    book.server("b").outdated = True
+    book >> arrival(1, route="/api/delete", kind=MANAGE, stream=False)
+    book << StartMerge(1, (book.server("a").id, book.server("b").id))
+    first, second = book.started(1, server="a"), book.started(1, server="b")
+    book.head(first).ends(first) << book.probed("a")
+    book.failed(second, Reason.MODEL_NOT_FOUND, 404).skip()
+    assert book.outcome(1) is Decision.FINISHED
+
+
 def test_a_pull_goes_to_every_live_server_whether_it_has_the_model_or_not() -> None:
     book = fleet("a b", have="n", active="")
     assert [attempt.server for attempt in change(book, "/api/pull", stream=True)] == ["a", "b"]

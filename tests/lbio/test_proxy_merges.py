@@ -211,6 +211,15 @@ async def test_a_delete_that_failed_on_one_server_is_a_502_that_says_who_did_and
         assert holders(rig, "tiny") == ["b"]
 
 
+async def test_what_is_copied_and_deleted_at_once_is_left_nowhere() -> None:
+    async with balanced(specs("a", "b", "c")) as rig:
+        for _ in range(3):
+            copied = await rig.ask("POST", "/api/copy", {"source": "tiny", "destination": "twin"})
+            deleted = await rig.ask("DELETE", "/api/delete", {"model": "twin"})
+            assert (copied.status, deleted.status) == (200, 200)
+            assert holders(rig, "twin") == []
+
+
 async def test_a_delete_of_what_one_server_has_lost_meanwhile_is_done() -> None:
     async with balanced(specs("a", "b")) as rig:
         del rig.fleet[1].live.fake.disk[model_key("tiny")]
