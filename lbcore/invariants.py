@@ -239,6 +239,7 @@ class Auditor:
         self._last_attempt_id = 0
         self._last_probe_id = 0
         self._last_job_id = 0
+        self._alive: set[int] = set()  # servers, after the last step
         self._in_flight = 0
         self._live: dict[int, int] = {}  # request by attempt
         self._probes: dict[int, int] = {}  # probe by server
@@ -263,6 +264,7 @@ class Auditor:
             problem = self._problem(command)
             if problem:
                 raise InvariantError(f"{command}: {problem}")
+        self._alive = self._alive_now()
         ledger = self._balancer.ledger
         self._seen |= ledger.requests.keys()
         for request_id in self._under_way - ledger.requests.keys():
@@ -280,6 +282,9 @@ class Auditor:
             raise InvariantError(f"{ledger.retry_budget.under_way} retries are under way, {limit} may be")
         self._in_flight = in_flight
         self._live = {attempt.id: attempt.request.id for attempt in ledger.attempts.values()}
+
+    def _alive_now(self) -> set[int]:
+        return {server.id for server in self._balancer.fleet if server.is_alive}
 
     def _problem(self, command: Command) -> str:
         match command:
@@ -308,10 +313,10 @@ class Auditor:
                 return self._on_decision(command)
             case cmd.StartJob(job_id, server_id):
                 known, self._last_job_id = self._last_job_id, job_id
-                server = self._balancer.fleet.servers.get(server_id)
                 if job_id <= known:
                     return "the id was used before"
-                return "" if server is not None and server.is_alive else "the server is not alive"
+                # one that was alive before the step may have died in it, after that
+                return "" if server_id in self._alive | self._alive_now() else "the server is not alive"
             case cmd.CancelJob(job_id):
                 return "" if job_id <= self._last_job_id else "there is no such job"
             case _:
