@@ -8,10 +8,11 @@ what they are, since they are used in all other commands.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from lbcore import catalog
+from lbcore.config import Alias
 from lbcore.ollama import canonical_model
 from lbcore.records import Server
 from lbio.answers.local import LocalAnswer, json_answer
@@ -26,13 +27,20 @@ def is_cli(head: RequestHead) -> bool:
     return (head.header(b"user-agent") or b"").startswith(b"ollama/")
 
 
-def _tags(servers: list[Server], may: catalog.May) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = json.loads(catalog.tags_json(servers, may))["models"]
+def _tags(servers: list[Server], may: catalog.May, aliases: Iterable[Alias]) -> list[dict[str, Any]]:
+    chains = {canonical_model(alias.name): alias.models for alias in aliases}
+    entries: list[dict[str, Any]] = json.loads(catalog.tags_json(servers, may, aliases))["models"]
     for entry in entries:
         name = canonical_model(entry["name"])
-        n_with = sum(server.is_alive and server.has(name) for server in servers)
+        holders = (_holders(servers, model) for model in chains.get(name, (name,)))
+        n_with = next((n for n in holders if n), 0)
         entry["digest"] = _marked(str(entry.get("digest", "")), n_with, len(servers))
     return entries
+
+
+def _holders(servers: list[Server], model: str) -> int:
+    """Return on how many live servers a model is."""
+    return sum(server.is_alive and server.has(canonical_model(model)) for server in servers)
 
 
 def _marked(digest: str, n_with: int, n_servers: int) -> str:
@@ -41,7 +49,7 @@ def _marked(digest: str, n_with: int, n_servers: int) -> str:
     return f"{digest[: _ID_CHARS - len(mark)]:{_ID_CHARS - len(mark)}}{mark}{digest[_ID_CHARS:]}"
 
 
-def _ps(servers: list[Server], may: catalog.May) -> list[dict[str, Any]]:
+def _ps(servers: list[Server], may: catalog.May, _aliases: Iterable[Alias]) -> list[dict[str, Any]]:
     loaded = [
         (name, server.name, record.active.entry)
         for server in servers
@@ -61,13 +69,16 @@ def _every(_model: str) -> bool:
     return True
 
 
-_VIEWS: Mapping[str, Callable[[list[Server], catalog.May], list[dict[str, Any]]]] = {"/api/tags": _tags, "/api/ps": _ps}
+_View = Callable[[list[Server], catalog.May, Iterable[Alias]], list[dict[str, Any]]]
+_VIEWS: Mapping[str, _View] = {"/api/tags": _tags, "/api/ps": _ps}
 
 VIEWS = frozenset(_VIEWS)
 """The routes that the CLI gets another view of."""
 
 
-def answer_cli(route: str, servers: Iterable[Server], may: catalog.May | None = None) -> LocalAnswer | None:
+def answer_cli(
+    route: str, servers: Iterable[Server], may: catalog.May | None = None, aliases: Collection[Alias] = ()
+) -> LocalAnswer | None:
     """Answer a route of `VIEWS` for the CLI, of the models that it `may` see.
 
     None where there is nothing to tell apart: one server, or nobody alive.
@@ -75,4 +86,4 @@ def answer_cli(route: str, servers: Iterable[Server], may: catalog.May | None = 
     known = list(servers)
     if len(known) < 2 or not any(server.is_alive for server in known):
         return None
-    return json_answer(200, {"models": _VIEWS[route](known, may or _every)})
+    return json_answer(200, {"models": _VIEWS[route](known, may or _every, aliases)})

@@ -168,7 +168,8 @@ class OwnAnswers:
             return None
         await self._settled()
         may = ask.key.models.may if ask.key is not None else None
-        return answer_cli(ask.route.name, self._driver.balancer.fleet, may)
+        balancer = self._driver.balancer
+        return answer_cli(ask.route.name, balancer.fleet, may, balancer.config.aliases.values())
 
     async def _lists_for_some(self, ask: Ask) -> LocalAnswer | None:
         """Answer lists for a key that is for some models, and so is shown no others."""

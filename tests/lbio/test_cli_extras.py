@@ -122,6 +122,13 @@ async def test_a_key_for_some_models_sees_only_these() -> None:
         assert len(await names(rig, "/api/ps", f"Authorization: Bearer {TOKENS['user']}")) == 4
 
 
+async def test_an_alias_is_marked_with_the_servers_of_what_it_stands_for() -> None:
+    fakes = [*specs("a", models=(TINY, OTHER)), *specs("b"), *specs("c")]
+    async with balanced(fakes, alias={"smart": ["missing", "other", "tiny"], "quick": "tiny"}) as rig:
+        marks = {name: digest[-3:] for name, digest in (await ids(rig)).items()}
+        assert marks == {"tiny:latest": "3/3", "other:latest": "1/3", "smart": "1/3", "quick": "3/3"}
+
+
 async def test_one_setting_turns_all_of_it_off() -> None:
     async with balanced(specs("a", "b"), cli_extras=False) as rig:
         assert await names(rig, "/api/ps") == ["tiny:latest"]
