@@ -276,6 +276,14 @@ async def test_lists_have_what_can_be_asked_for() -> None:
         assert {each["digest"] for each in tags.values()} == {SMALL.digest}
 
 
+async def test_the_ollama_command_sees_on_how_many_servers_the_model_in_use_is() -> None:
+    async with balanced(FLEET, alias=ALIASES) as rig:
+        agent = b"GET /api/tags HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nUser-Agent: ollama/0.12.6\r\n\r\n"
+        listed = {each["name"]: each["digest"] for each in json.loads((await rig.send(agent)).body)["models"]}
+        assert set(listed) == {"gpt-4o", "big", "large:latest", "small:latest"}
+        assert {digest[:12].strip() for digest in listed.values()} == {f"{'a' * 8} 1/2", f"{'b' * 8} 1/2"}
+
+
 async def test_show_is_of_the_model_in_use_and_kept_as_long_as_that_is_the_same() -> None:
     async with balanced(FLEET, alias=ALIASES) as rig:
         answers = [await rig.ask("POST", "/api/show", {"model": "big"}) for _ in range(2)]
