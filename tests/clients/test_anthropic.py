@@ -23,10 +23,10 @@ THINKING = {"type": "enabled", "budget_tokens": 1024}
 
 @contextlib.asynccontextmanager
 async def client(
-    *faults: Fault, kind: Any = anthropic.AsyncAnthropic, specs: Sequence[FakeSpec] = ()
+    *faults: Fault, kind: Any = anthropic.AsyncAnthropic, specs: Sequence[FakeSpec] = (), **config: Any
 ) -> AsyncIterator[tuple[Rig, Called]]:
     """A client of a fleet."""
-    async with fleet(specs, *faults) as rig:
+    async with fleet(specs, *faults, **config) as rig:
         asking = kind(base_url=rig.url, api_key="any", max_retries=0)
         try:
             yield rig, Called(asking)
@@ -52,6 +52,14 @@ async def test_a_message_streams_event_by_event(kind: Any) -> None:
     assert types[:2] == ["message_start", "content_block_start"]
     assert types.count("content_block_delta") == 20
     assert types[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+
+
+async def test_a_client_that_insists_on_a_name_gets_it_in_whole_answers_and_in_streams() -> None:
+    asked = {**ASKED, "model": "claude-3-5-haiku-latest"}
+    async with client(alias={"claude-3-5-haiku-latest": "tiny"}) as (_, ask):
+        answer = await ask("messages.create", **asked)
+        begun, *_ = await ask("messages.create", stream=True, **asked)
+    assert (answer.model, begun.message.model) == (asked["model"], asked["model"])
 
 
 async def test_the_stream_helper_accumulates_the_whole() -> None:

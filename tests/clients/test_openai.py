@@ -197,6 +197,30 @@ async def test_what_no_server_can_do_is_the_servers_own_404() -> None:
             await ask("moderations.create", input="hello")
 
 
+# --- another name --------------------------------------------------------------------------------------------------
+
+
+async def test_a_client_that_insists_on_a_name_gets_it_wherever_a_model_is_named() -> None:
+    asked: dict[str, Any] = {"model": "gpt-4o"}
+    async with client(alias={"gpt-4o": "tiny"}) as (_, ask):
+        chat = await ask("chat.completions.create", messages=HELLO, **asked)
+        chunks = await ask("chat.completions.create", messages=HELLO, stream=True, **asked)
+        texts = await ask("completions.create", prompt="hello", stream=True, **asked)
+        response = await ask("responses.create", input="hello", **asked)
+        events = await ask("responses.create", input="hello", stream=True, **asked)
+        vectors = await ask("embeddings.create", input=["a", "b"], **asked)
+        listed = await ask("models.list")
+        model = await ask("models.retrieve", "gpt-4o")
+        heard = await ask("audio.transcriptions.create", file=("a.wav", b"RIFF....WAVE"), **asked)
+    whole = [event.response for event in events if hasattr(event, "response")]
+    named = [chat, *chunks, *texts, response, *whole, vectors]
+    assert whole
+    assert {each.model for each in named} == {"gpt-4o"}
+    assert {each.id for each in listed.data} == {"gpt-4o", "tiny:latest"}
+    assert model.id == "gpt-4o"
+    assert heard.text
+
+
 # --- what goes wrong -----------------------------------------------------------------------------------------------
 
 ASKED: dict[str, dict[str, Any]] = {
