@@ -81,7 +81,7 @@ def draw_scenario(dice: Dice) -> Tables:
     models = _models(dice, names)  # drawn last, so that older seeds are what they were but for these
     if models:
         tables["models"] = models
-    if dice.chance(0.25):  # drawn last, so that all else of a seed is as without it
+    if dice.chance(0.3):  # drawn last, so that all else of a seed is as without it
         _name_by_alias(dice, tables)
     return tables
 

@@ -52,7 +52,7 @@ def test_the_swarm_turns_everything_on_and_off() -> None:
     kinds = {fault["kind"] for tables in drawn for fault in tables.get("fault", [])}
     assert kinds == {*FaultKind, *LinkFaultKind, "pause"}
     assert {len(tables["fleet"]) for tables in drawn} == set(range(1, 7))
-    for table in ("race", "selection", "health", "probe", "retry", "queue", "routes", "network", "fault"):
+    for table in ("race", "selection", "health", "probe", "retry", "queue", "routes", "network", "alias", "fault"):
         share = sum(table in tables for tables in drawn) / len(drawn)
         assert 0.2 < share < 0.95, table
     assert {tables["workload"][0]["kind"] for tables in drawn} == {"poisson", "even", "gamma", "herd", "sessions"}
