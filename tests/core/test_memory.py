@@ -259,6 +259,13 @@ def test_a_defect_of_the_core_is_kept_too() -> None:
     book.token(attempt).skip()
 
 
+def test_it_shows_all_that_a_balancer_shows() -> None:
+    book, memory = with_memory()
+    parts = {name: part for name, part in vars(memory.plain).items() if not name.startswith("_")}
+    assert {name: vars(memory).get(name) for name in parts} == parts
+    assert book.balancer is memory
+
+
 # --- how much is kept ------------------------------------------------------------------------------------------
 
 
