@@ -41,6 +41,7 @@ from lbcore.witness import Witness
 _CALL_BYTES = 320
 _COMMAND_BYTES = 160
 _CHUNK_BYTES = 160
+_TEXT_BYTES = 60  # beside its characters
 _SERVER_BYTES = 700
 _MODEL_BYTES = 1000
 _UNDER_WAY_BYTES = 1000  # of a request or an attempt, its timers included
@@ -235,7 +236,7 @@ def _count(segment: Segment, event: RequestArrived, outcome: list[Command] | Rai
     segment.first = min(segment.first, request_id) if segment.first else request_id
     segment.last = max(segment.last, request_id)
     if event.servers:
-        segment.size += sum(map(len, event.servers))
+        segment.size += sum([_TEXT_BYTES + len(name) for name in event.servers])
     if type(outcome[0]) is not StartAttempt:
         segment.size += _length_of(outcome)
 

@@ -136,7 +136,9 @@ class OwnAnswers:
         """Answer the CLI for the model that is this balancer, unless there is one of that name."""
         if ask.route.name not in lb_model.ROUTES or canonical_model(ask.facts.model or "") != lb_model.NAME:
             return None
-        if not is_cli(ask.head) or ask.is_pinned or self._driver.balancer.fleet.holders(lb_model.NAME):
+        balancer = self._driver.balancer
+        taken = lb_model.NAME in balancer.config.aliases or balancer.fleet.holders(lb_model.NAME)
+        if taken or ask.is_pinned or not is_cli(ask.head):
             return None
         return await self._lb.answer(ask.route.name, ask.facts, ask.body, self._why_not_managed(ask))
 

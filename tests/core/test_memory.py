@@ -303,7 +303,7 @@ def test_long_texts_count_for_what_they_are() -> None:
         book >> arrival(request_id, servers=("x" * 20_000,))
         book.skip()
     kept = sum(len(segment.calls) for segment in memory._segments)
-    assert kept * 60_000 < limits.bytes_max * 5 // 4
+    assert kept * 20_000 < limits.bytes_max * 5 // 4
 
 
 def test_what_is_estimated_is_about_what_it_takes() -> None:

@@ -211,6 +211,14 @@ async def test_a_model_that_a_server_calls_lb_comes_first() -> None:
         assert "servers" not in "".join(line["response"] for line in answer.lines)
 
 
+async def test_an_alias_that_is_called_lb_comes_first() -> None:
+    async with balanced(specs("a", "b"), alias={"lb": "tiny"}) as rig:
+        answer = await ask(rig, "POST", "/api/generate", {"model": "lb", "prompt": "status"})
+        assert "servers" not in "".join(line["response"] for line in answer.lines)
+        shown = body_of(await ask(rig, "POST", "/api/show", {"model": "lb"}))
+        assert shown["details"]["family"] != "ollama-lb"
+
+
 async def test_who_may_not_manage_is_told_why() -> None:
     async with balanced(specs("a")) as rig:
         text = await say(rig, "status", "X-Forwarded-For: 10.0.0.9")
