@@ -171,7 +171,8 @@ def parse(raw: Mapping[str, Any], overrides: Overrides = NO_OVERRIDES, *, base: 
     fleet = _fleet(raw, overrides, servers, problems, warnings)
     if fleet and check_fleet is not None:
         check_fleet(fleet, problems)
-    names = [*(server.name for _, server in servers), *(name for table in fleet if (name := str(table.get("name"))))]
+    fakes = (table.get("name") for table in fleet)
+    names = [*(server.name for _, server in servers), *(name for name in fakes if isinstance(name, str))]
     models = parse_models(raw.get("models", []), names, problems, _ALL_KEYS)
     routes = parse_routes(raw.get("routes", {}), core.race, problems, _ALL_KEYS)
     aliases = parse_aliases(raw.get("alias", {}), problems)

@@ -25,6 +25,7 @@ from lbcore.config import Config
 from lbcore.events import Reason
 from lbcore.ledger import Ledger
 from lbcore.ollama import canonical_model, model_not_found
+from lbcore.provision import Provision
 from lbcore.records import Attempt, Failure, Request
 from lbcore.states import AttemptInput, AttemptState, Reliability, ReliabilityInput, RequestInput
 from lbcore.timers import TimerKind, Timers
@@ -45,6 +46,7 @@ class Original(LoadBalancer):
         self.fleet = self._syncing
         self.ledger = Ledger(config, self.fleet, self.timers, self._out)
         self.placement = Draw(config, self.fleet, rng)
+        self.provision = Provision(config, self.fleet, self.timers, self._out)  # for who declares models
         self._handlers = {
             events.RequestArrived: self._on_arrived,
             events.DownstreamClosed: self._on_downstream_closed,
@@ -57,6 +59,8 @@ class Original(LoadBalancer):
             events.AttemptFailed: self._on_failed,
             events.ProbeCompleted: self._on_probe_completed,
             events.ModelsSynced: self._on_models_synced,
+            events.JobProgressed: self._on_job_progressed,
+            events.JobEnded: self._on_job_ended,
             events.ServerAdded: self._on_server_added,
             events.ServerRemovalRequested: self._on_server_removal_requested,
             events.SyncRequested: self._on_sync_requested,
@@ -65,6 +69,8 @@ class Original(LoadBalancer):
             TimerKind.ATTEMPT: self._on_attempt_timer,
             TimerKind.MEASURE: self._on_measure_timer,
             TimerKind.PROBE: self._on_probe_timer,
+            TimerKind.JOB: self.provision.on_stalled,
+            TimerKind.REVIEW: lambda _owner, now_ns: self.provision.review(now_ns),
         }
 
     def _use_room(self, now_ns: int) -> None:  # noqa: ARG002
