@@ -7,15 +7,16 @@ what they are, since they are used in all other commands.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
+
+import msgspec
 
 from lbcore import catalog
 from lbcore.config import Alias
 from lbcore.ollama import canonical_model
 from lbcore.records import Server
-from lbio.answers.local import LocalAnswer, json_answer
+from lbio.answers.local import JSON, LocalAnswer
 from lbio.http1 import RequestHead
 
 _ID_CHARS = 12
@@ -27,14 +28,23 @@ def is_cli(head: RequestHead) -> bool:
     return (head.header(b"user-agent") or b"").startswith(b"ollama/")
 
 
-def _tags(servers: list[Server], may: catalog.May, aliases: Iterable[Alias]) -> list[dict[str, Any]]:
+_Entry = dict[str, Any]
+"""A model as a server wrote it: values are `msgspec.Raw` and so go on as they are, but for those that are ours."""
+
+_decode_entry = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_models = msgspec.json.Decoder(dict[str, list[dict[str, msgspec.Raw]]]).decode
+_decode_text = msgspec.json.Decoder(str).decode
+
+
+def _tags(servers: list[Server], may: catalog.May, aliases: Iterable[Alias]) -> list[_Entry]:
     chains = {canonical_model(alias.name): alias.models for alias in aliases}
-    entries: list[dict[str, Any]] = json.loads(catalog.tags_json(servers, may, aliases))["models"]
+    entries: list[_Entry] = [*_decode_models(catalog.tags_json(servers, may, aliases))["models"]]
     for entry in entries:
-        name = canonical_model(entry["name"])
+        name = canonical_model(_decode_text(entry["name"]))
         holders = (_holders(servers, model) for model in chains.get(name, (name,)))
         n_with = next((n for n in holders if n), 0)
-        entry["digest"] = _marked(str(entry.get("digest", "")), n_with, len(servers))
+        digest = _decode_text(entry["digest"]) if "digest" in entry else ""
+        entry["digest"] = _marked(digest, n_with, len(servers))
     return entries
 
 
@@ -49,7 +59,7 @@ def _marked(digest: str, n_with: int, n_servers: int) -> str:
     return f"{digest[: _ID_CHARS - len(mark)]:{_ID_CHARS - len(mark)}}{mark}{digest[_ID_CHARS:]}"
 
 
-def _ps(servers: list[Server], may: catalog.May, _aliases: Iterable[Alias]) -> list[dict[str, Any]]:
+def _ps(servers: list[Server], may: catalog.May, _aliases: Iterable[Alias]) -> list[_Entry]:
     loaded = [
         (name, server.name, record.active.entry)
         for server in servers
@@ -59,8 +69,8 @@ def _ps(servers: list[Server], may: catalog.May, _aliases: Iterable[Alias]) -> l
     ]
     entries = []
     for _, server_name, text in sorted(loaded):
-        entry = json.loads(text)
-        entry["name"] = f"{entry['name']} ({server_name})"
+        entry: _Entry = {**_decode_entry(text)}
+        entry["name"] = f"{_decode_text(entry['name'])} ({server_name})"
         entries.append(entry)
     return entries
 
@@ -69,7 +79,7 @@ def _every(_model: str) -> bool:
     return True
 
 
-_View = Callable[[list[Server], catalog.May, Iterable[Alias]], list[dict[str, Any]]]
+_View = Callable[[list[Server], catalog.May, Iterable[Alias]], list[_Entry]]
 _VIEWS: Mapping[str, _View] = {"/api/tags": _tags, "/api/ps": _ps}
 
 VIEWS = frozenset(_VIEWS)
@@ -86,4 +96,4 @@ def answer_cli(
     known = list(servers)
     if len(known) < 2 or not any(server.is_alive for server in known):
         return None
-    return json_answer(200, {"models": _VIEWS[route](known, may or _every, aliases)})
+    return LocalAnswer(200, JSON, msgspec.json.encode({"models": _VIEWS[route](known, may or _every, aliases)}))

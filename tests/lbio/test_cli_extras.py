@@ -13,7 +13,7 @@ from lbio.answers.lb_model import words_of
 from lbio.answers.lb_texts import models_text, status_text
 from simulator.fake_ollama import FakeModel
 from simulator.faults import Fault, FaultKind
-from tests.lbio.kit import TINY, Rig, balanced, specs
+from tests.lbio.kit import PROBES, TINY, Rig, balanced, scripted, specs
 from tests.lbio.sockets_kit import until
 from tests.playbook import fleet
 from tests.simulator.wire import Answer, body_of
@@ -134,6 +134,20 @@ async def test_one_setting_turns_all_of_it_off() -> None:
         assert await names(rig, "/api/ps") == ["tiny:latest"]
         assert await ids(rig) == await ids(rig, agent="curl/8")
         assert (await ask(rig, "POST", "/api/show", {"name": "lb"})).status == 404
+
+
+@pytest.mark.parametrize("number", [b"9" * 6000, b"1e999", b"1.50"])
+async def test_what_servers_write_of_a_model_is_passed_on_as_it_is(
+    number: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = b'{"name":"tiny:latest","digest":"abc","size":%s}' % number
+    for path in ("/api/tags", "/api/ps"):
+        monkeypatch.setitem(PROBES, path, b'{"models":[%s]}' % entry)
+    async with scripted(2) as (rig, _):
+        for path, n_lines in (("/api/tags", 1), ("/api/ps", 2)):
+            answer = await ask(rig, "GET", path)
+            assert answer.status == 200
+            assert answer.body.count(b'"size":%s}' % number) == n_lines
 
 
 @pytest.mark.parametrize("n", [2, 12, 1000])
