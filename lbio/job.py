@@ -42,6 +42,18 @@ def request_of(work: Work, model: str, runner_key: str) -> tuple[str, str, dict[
     return "POST", "/api/generate", {"model": model, "keep_alive": -1, "stream": False, **options}
 
 
+_ONLY_EMBEDS = "does not support generate"
+"""In Ollama's words for a model that cannot be loaded by an empty prompt."""
+
+
+def other_request_of(work: Work, detail: str, asked: dict[str, Any]) -> tuple[str, str, dict[str, Any]] | None:
+    """Return the request that does the same where the first was refused; None when there is no other way."""
+    if work is not Work.WARM or _ONLY_EMBEDS not in detail:
+        return None
+    same = {name: value for name, value in asked.items() if name != "stream"}
+    return "POST", "/api/embed", {**same, "input": []}
+
+
 class JobRun:
     """The task of one job. How long it may take is for the core to say."""
 
@@ -64,6 +76,10 @@ class JobRun:
         """Do it and report."""
         with self._scope:
             reason, detail = await self._run(log_defect)
+            other = other_request_of(self._work, detail, self._ask[2]) if reason is Reason.CLIENT_ERROR else None
+            if other is not None:
+                self._ask = other
+                reason, detail = await self._run(log_defect)
             self._core.dispatch(JobEnded(self.id, reason, detail))
 
     async def _run(self, log_defect: Callable[[BaseException], None]) -> tuple[Reason | None, str]:

@@ -73,7 +73,7 @@ def wish(api: Api, request: Request, fake: FakeOllama) -> Wish:
     unload = native and not turns and alive_ns == 0
     wanted = extras(api, fields)
     if not unload:
-        _check_capabilities(model, name, fields, wanted)
+        _check_capabilities(api, model, name, fields, wanted)
     options = dict(fields.get("options") or {}) if native else _from_compatible(fields)
     if unload:
         options = {}
@@ -153,8 +153,11 @@ _CHECKS: Mapping[Api, Callable[[Mapping[str, Any]], None]] = {
 }
 
 
-def _check_capabilities(model: FakeModel, name: str, fields: Mapping[str, Any], wanted: Extras) -> None:
+def _check_capabilities(api: Api, model: FakeModel, name: str, fields: Mapping[str, Any], wanted: Extras) -> None:
     can = model.capabilities
+    if "completion" not in can:  # it only embeds
+        verb = "generate" if api in {Api.GENERATE, Api.OPENAI_COMPLETIONS} else "chat"
+        raise ApiError(400, f'"{name}" does not support {verb}')
     if wanted.think and "thinking" not in can:
         raise ApiError(400, f'"{name}" does not support thinking')
     for asked, capability in ((fields.get("tools"), "tools"), (fields.get("suffix"), "insert")):

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from lbcore.commands import Work
 from lbio.cli import cli
 from lbio.job import request_of
-from simulator.fakes.specs import model_key
+from simulator.fakes.specs import FakeModel, model_key
 from simulator.faults import Fault, FaultKind
 from simulator.serve import serve_fleet
 from tests.lbio.kit import LIMIT_S, Rig, balanced, specs
@@ -51,6 +51,16 @@ async def test_a_declared_model_is_pulled_where_it_is_missing_and_kept_loaded() 
         (told,) = await models_of(rig)
         assert (told["name"], told["copies"], told["servers"]) == ("new", 2, ["a", "b"])
         assert (told["on_disk"], told["under_way"]) == (["a", "b"], [])
+
+
+async def test_a_model_that_only_embeds_is_kept_loaded_too() -> None:
+    e5 = FakeModel("e5", size_bytes=1_000_000, capabilities=("embedding",))
+    wanted = [{"name": "e5", "warm": True, "copies": 2}]
+    async with balanced(specs("a", "b", models=(e5,), start_loaded=()), models=wanted) as rig:
+        await until(lambda: all("e5:latest" in fake.live.fake.runners for fake in rig.fleet))
+        await until(lambda: not rig.service.driver.jobs)
+        assert all(rig.server(name).models["e5:latest"].loaded for name in "ab")
+        assert [fake.stats.requests["/api/embed"] for fake in rig.fleet] == [1, 1]
 
 
 async def test_what_is_too_much_is_deleted_only_where_that_is_wanted() -> None:
