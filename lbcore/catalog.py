@@ -43,12 +43,16 @@ def _newest(servers: Iterable[Server], may: May = _every, aliases: Iterable[Alia
 
 
 def _stood_for(alias: Alias, known: Mapping[str, ModelInfo]) -> ModelInfo | None:
-    """Return the first model of an alias that is known, under the name of the alias."""
+    """Return the first model of an alias that is known, under the name of the alias, if it can be written again."""
     info = next((info for name in alias.models if (info := known.get(canonical_model(name))) is not None), None)
     if info is None or canonical_model(info.name) == canonical_model(alias.name):
         return info
-    entry = {**json.loads(info.entry), "name": alias.name, "model": alias.name}
-    return replace(info, name=alias.name, entry=json.dumps(entry, ensure_ascii=False, separators=(",", ":")))
+    try:
+        entry = {**json.loads(info.entry), "name": alias.name, "model": alias.name}
+        written = json.dumps(entry, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (ValueError, RecursionError):  # a number of thousands of digits, say, or one beyond all bounds
+        return None
+    return replace(info, name=alias.name, entry=written)
 
 
 def tags_json(servers: Iterable[Server], may: May = _every, aliases: Iterable[Alias] = ()) -> bytes:

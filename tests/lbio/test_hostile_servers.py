@@ -67,6 +67,16 @@ async def test_a_model_with_a_name_too_long_to_be_asked_for_is_left_out(monkeypa
         assert list(rig.server("s0").models) == ["tiny:latest"]
 
 
+@pytest.mark.parametrize("number", [b"9" * 6000, b"1e999"])
+async def test_a_model_that_cannot_be_written_again_is_listed_but_its_alias_is_not(
+    number: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = b'{"models":[{"name":"tiny:latest","size":%s}]}' % number
+    monkeypatch.setitem(kit.PROBES, "/api/tags", listed)
+    async with scripted(alias={"small": "tiny"}) as (rig, _):
+        assert (await rig.ask("GET", "/api/tags")).body == listed
+
+
 # --- the end of a stream ---------------------------------------------------------------------------------------
 
 
