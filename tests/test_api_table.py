@@ -21,6 +21,7 @@ ROWS: Mapping[str, tuple[tuple[str, ...], tuple[Row, ...]]] = {
             ("race and hedge, streams and single answers", (
                 "lbio/test_proxy_races.py::test_every_racer_is_asked_before_anything_else_happens",
                 "lbio/test_proxy_v1_races.py::test_the_quickest_server_wins_and_the_other_is_let_go",
+                "lbio/test_proxy_v1_races.py::test_a_hedge_is_made_where_that_is_configured",
                 "lbio/test_proxy_v1_races.py::test_a_racer_that_fails_does_not_win",
                 "lbio/test_proxy_v1_races.py::test_a_single_answer_that_breaks_is_made_by_the_next_server",
                 "core/test_stories.py::test_the_first_token_wins_and_the_loser_is_cancelled_at_that_instant",
@@ -53,6 +54,11 @@ ROWS: Mapping[str, tuple[tuple[str, ...], tuple[Row, ...]]] = {
             ("sequential with retry", (
                 "lbio/test_proxy_paths.py::test_embeddings_are_made_by_the_next_server_if_one_fails",
                 "lbio/test_proxy_whole.py::test_a_passed_through_request_goes_to_a_server_that_has_its_model",
+            )),
+            ("many inputs are divided over servers with the same digest, and joined in order", (
+                "lbio/test_proxy_embed.py::test_the_parts_make_what_one_server_answers",
+                "lbio/test_proxy_embed.py::test_only_servers_of_the_build_that_most_have_are_asked",
+                "clients/test_openai_embeddings.py::test_embeddings_divided_over_servers_are_those_of_one_server",
             )),
         ),
     ),
@@ -206,6 +212,7 @@ ROWS: Mapping[str, tuple[tuple[str, ...], tuple[Row, ...]]] = {
                 "lbio/test_proxy_recordings.py::test_a_broken_stream_is_the_recorded_one_with_an_error_at_its_end",
                 "lbio/test_proxy_conformance.py::test_same_as_recorded",
                 "simulator/test_captures.py::test_same_as_recorded",
+                "simulator/test_routes.py::test_every_path_is_there",
             )),
         ),
     ),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lbcore.config import Winner
 from simulator.faults import BREAKS, Fault, FaultKind
 from tests.lbio.kit import Rig, balanced, chunked, scripted, specs
 from tests.lbio.sockets_kit import until
@@ -89,6 +90,31 @@ async def test_an_error_before_the_first_token_goes_to_the_next_server(
             if rig.server("bad").last_error or rig.fleet[0].stats.requests[path]:
                 return
     pytest.fail("no request went to the bad server")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_hedge_is_made_where_that_is_configured(path: str, stream: bool) -> None:
+    soon = {"hedge_delay_min": "20ms", "hedge_delay_initial": "20ms", "hedge_delay_max": "50ms"}
+    slow = specs("slow", first_token_ms=2000)
+    async with balanced([*slow, *specs("other")], routes={path: "hedge"}, race=soon) as rig:
+        for _ in range(8):
+            answer = await ask(rig, path, stream=stream)
+            assert is_whole(answer, path, stream=stream)
+            assert by(answer) == "other"
+            if answer.header("X-Ollama-LB-Attempts") == "2":
+                return
+    pytest.fail("no request went to the slow server first")
+
+
+@pytest.mark.parametrize("winner", Winner)
+@pytest.mark.parametrize("path", PATHS)
+async def test_an_answer_is_whole_whoever_wins(path: str, winner: Winner) -> None:
+    race = {**BOTH["race"], "winner": winner, "measure": "30ms"}
+    async with balanced(specs("a", "b", token_ms=10), race=race) as rig:
+        answer = await ask(rig, path, stream=True)
+    assert is_whole(answer, path, stream=True)
+    assert answer.body.count(ENDS[path]) == 1
 
 
 # --- the first token -----------------------------------------------------------------------------------------------
