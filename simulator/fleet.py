@@ -18,6 +18,7 @@ from simulator.profiles import Profile, ProfileError, profile, profile_names, sp
 # schema functions declare fields; they do not make shared mutable values
 
 DEFAULT_MODEL = "llama3.2:latest"
+SKILLS = ("tools", "thinking", "vision", "audio", "insert")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,7 @@ class ModelTable:
     kv: int = size("memory for each token of its context", 0)
     size: int = size("memory that it takes", 5_000_000_000, low=1)
     embedding: int = count("numbers in an embedding, if it gives those; 0: it gives text", 0, high=65536)
+    can: tuple[str, ...] = setting(Kind.TEXTS, "what it can do besides: tools, thinking, vision, audio, insert", ())
 
 
 _LISTS: tuple[str, ...] = ("models", "loaded", "fault")
@@ -159,8 +161,14 @@ def _parse_models(raw: Any, key: str, problems: list[Problem]) -> list[FakeModel
             )
             if table.embedding:
                 model = replace(model, embedding_length=table.embedding, capabilities=("embedding",))
-            models.append(model)
+            _refuse_unknown(table.can, f"{key}[{index}].can", problems)
+            models.append(replace(model, capabilities=(*model.capabilities, *table.can)))
     return models if len(problems) == before else None
+
+
+def _refuse_unknown(skills: Sequence[str], key: str, problems: list[Problem]) -> None:
+    what = "is nothing that a model can do"
+    problems.extend(Problem(key, skill, what, choice_fix(skill, SKILLS)) for skill in skills if skill not in SKILLS)
 
 
 def _parse_names(raw: Any, key: str, problems: list[Problem]) -> list[str]:

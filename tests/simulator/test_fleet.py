@@ -43,12 +43,19 @@ def test_every_key_is_read() -> None:
             Fault(FaultKind.SLOW, factor=3.0, from_s=1.0, until_s=2.0))),)
 
 
+def test_a_model_can_do_what_its_table_says() -> None:
+    specs, problems = parse({"name": "a", "models": [{"name": "x", "can": ["tools", "audio"]}, "y"]})
+    assert problems == []
+    assert [model.capabilities for model in specs[0].models] == [("completion", "tools", "audio"), ("completion",)]
+
+
 def test_one_fault_is_a_table() -> None:
     specs, problems = parse({"name": "a", "fault": {"kind": "hang"}})
     assert problems == []
     assert specs[0].faults == (Fault(FaultKind.HANG),)
 
 
+SKILLS_FIX = 'did you mean "tools"? The choices are "tools", "thinking", "vision", "audio", "insert"'
 MODELS_FIX = 'write ["llama3.2:latest"]'
 
 
@@ -58,6 +65,8 @@ MODELS_FIX = 'write ["llama3.2:latest"]'
     ({"kind": "flap"}, 'fleet[0].kind: "flap" is set, but there is no such key; did you mean fleet[0].fault.kind?'),
     ({"models": "x"}, f'fleet[0].models: "x" is not a list of model names; {MODELS_FIX}'),
     ({"models": [1]}, f"fleet[0].models: [...] is not a list of model names; {MODELS_FIX}"),
+    ({"models": [{"name": "x", "can": ["tool"]}]},
+     f'fleet[0].models[0].can: "tool" is nothing that a model can do; {SKILLS_FIX}'),
     ({"loaded": ["x"]}, 'fleet[0].loaded: "x" is not among this server\'s models; add it to models'),
     ({"port": 70000}, "fleet[0].port: 70000 is too large; write a whole number from 0 to 65535"),
     ({"fault": "flap"}, 'fleet[0].fault: "flap" is not a table; write its keys in a table of their own'),
