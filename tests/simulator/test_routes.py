@@ -57,22 +57,21 @@ ASKED: dict[str, Any] = {
 }
 
 
+def part(name: str, value: str) -> str:
+    filename = '; filename="a"' if name == "file" else ""
+    return f'--b\r\nContent-Disposition: form-data; name="{name}"{filename}\r\n\r\n{value}\r\n'
+
+
 @pytest.mark.parametrize("route", [route for route in ROUTES if route.generates], ids=lambda route: route.name)
 def test_a_model_that_can_do_it_is_put_to_work(route: Route) -> None:
     if route.name == "/v1/audio/transcriptions":
-        lines = ("--b", 'Content-Disposition: form-data; name="model"', "", "tiny")
-        lines += ("--b", 'Content-Disposition: form-data; name="file"; filename="a.wav"', "", "RIFF", "--b--", "")
-        answer = ask("POST", route.name, "\r\n".join(lines).encode(), content_type="multipart/form-data; boundary=b")
+        body = (part("model", "tiny") + part("file", "RIFF") + "--b--\r\n").encode()
+        answer = ask("POST", route.name, body, content_type="multipart/form-data; boundary=b")
     else:
         answer = ask("POST", route.name, json.dumps(ASKED).encode())
     assert isinstance(answer, Generation)
     assert answer.failure is None
     assert answer.answer.tokens
-
-
-def part(name: str, value: str) -> str:
-    filename = '; filename="a"' if name == "file" else ""
-    return f'--b\r\nContent-Disposition: form-data; name="{name}"{filename}\r\n\r\n{value}\r\n'
 
 
 @pytest.mark.parametrize(
