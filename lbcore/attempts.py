@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lbcore import events, race
+from lbcore.broadcast import Broadcast
 from lbcore.commands import AbortRequest, CancelAttempt, Command, CommitAttempt, Decision
 from lbcore.config import Config, Winner
 from lbcore.events import Reason
@@ -53,12 +54,20 @@ class Attempts:
     """Decides what the progress of attempts leads to. Owned by the balancer."""
 
     def __init__(
-        self, config: Config, fleet: Fleet, ledger: Ledger, requests: Requests, timers: Timers, out: list[Command]
+        self,
+        config: Config,
+        fleet: Fleet,
+        ledger: Ledger,
+        requests: Requests,
+        broadcast: Broadcast,
+        timers: Timers,
+        out: list[Command],
     ) -> None:
         self._config = config
         self._fleet = fleet
         self._ledger = ledger
         self._requests = requests
+        self._broadcast = broadcast
         self._timers = timers
         self._out = out
 
@@ -202,7 +211,7 @@ class Attempts:
             self._settle_unload(request, now_ns)
             return
         if request.merged:
-            self._requests.settle_merge(request, now_ns)
+            self._broadcast.settle(request, now_ns)
             return
         if request.committed is None:
             self._settle(request, now_ns)
@@ -343,7 +352,7 @@ class Attempts:
             self._settle_unload(request, now_ns)
             return
         if request.merged:
-            self._requests.settle_merge(request, now_ns)
+            self._broadcast.settle(request, now_ns)
             return
         if request.live_attempts:
             self._settle(request, now_ns)

@@ -16,6 +16,7 @@ from typing import Any
 
 from lbcore import events
 from lbcore.attempts import Attempts
+from lbcore.broadcast import Broadcast
 from lbcore.commands import Command
 from lbcore.config import Config
 from lbcore.errors import UnknownEventError
@@ -50,10 +51,13 @@ class LoadBalancer:
         self.ledger = Ledger(config, self.fleet, self.timers, self._out)
         self.placement = placement_type(config, self.fleet, rng)
         self.provision = Provision(config, self.fleet, self.timers, self._out)
+        self._broadcast = Broadcast(self.fleet, self.ledger, self.placement, self.provision, self._out)
         self._requests = Requests(
-            config, self.fleet, self.ledger, self.placement, self.provision, self.timers, self._out
+            config, self.fleet, self.ledger, self.placement, self._broadcast, self.timers, self._out
         )
-        self._attempts = Attempts(config, self.fleet, self.ledger, self._requests, self.timers, self._out)
+        self._attempts = Attempts(
+            config, self.fleet, self.ledger, self._requests, self._broadcast, self.timers, self._out
+        )
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             events.RequestArrived: self._requests.on_arrived,
             events.DownstreamClosed: self._requests.on_downstream_closed,

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from lbcore import aliases, race, selection
+from lbcore.broadcast import Broadcast
 from lbcore.commands import (
     AbortRequest,
     AttemptKind,
     Command,
     Decision,
-    EndMerge,
     PassAnswer,
     RejectRequest,
-    StartMerge,
 )
 from lbcore.config import Config, Strategy
 from lbcore.events import DownstreamClosed, DrainDeadlinePassed, Reason, RequestArrived
@@ -23,7 +22,6 @@ from lbcore.health import retry_after_s
 from lbcore.ledger import Ledger
 from lbcore.ollama import RequestKind, canonical_model, find_route
 from lbcore.placement import Placement, is_in_doubt
-from lbcore.provision import Provision
 from lbcore.records import Request, Server
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.states import RequestInput, RequestState, ServerState
@@ -63,7 +61,7 @@ class Requests:
         fleet: Fleet,
         ledger: Ledger,
         placement: Placement,
-        provision: Provision,
+        broadcast: Broadcast,
         timers: Timers,
         out: list[Command],
     ) -> None:
@@ -71,9 +69,9 @@ class Requests:
         self._fleet = fleet
         self._ledger = ledger
         self._placement = placement
-        self._provision = provision
         self._timers = timers
         self._out = out
+        self._broadcast = broadcast
         self.stuck: dict[int, Request] = {}  # wait only for servers in doubt, and nobody else could be asked
 
     def on_arrived(self, event: RequestArrived, now_ns: int) -> None:
@@ -94,13 +92,13 @@ class Requests:
     def _try_start(self, request: Request, now_ns: int) -> bool:
         """Start a request, or refuse it; False when it must wait."""
         request.awaits_sync = False
-        if request.kind is _UNLOAD and self._start_unload(request, now_ns):
+        if request.kind is _UNLOAD and self._broadcast.unload(request, now_ns):
             return True
         if request.event.servers:
             return self._start_pinned(request, now_ns)
-        if request.kind is _LOAD and self._start_loads(request, now_ns):
+        if request.kind is _LOAD and self._broadcast.load(request, now_ns):
             return True
-        if request.route.strategy is _BROADCAST and self._start_merge(request, now_ns):
+        if request.route.strategy is _BROADCAST and self._start_broadcast(request, now_ns):
             return True
         holders = self._fleet.pool(request.model)
         if holders.servers:
@@ -156,7 +154,7 @@ class Requests:
             message = "; ".join(f"server {server.name} is {server.state}: {why_not(server)}" for server in lost)
             self._reject(request, 502, f"{PIN_HEADER}: {message}", now_ns, retry_after=self._retry_after_s())
             return True
-        if request.route.strategy is _BROADCAST and self._start_merge(request, now_ns):
+        if request.route.strategy is _BROADCAST and self._start_broadcast(request, now_ns):
             return True
         with_room = selection.with_room(named, request)
         if with_room:
@@ -166,51 +164,19 @@ class Requests:
     def _retry_after_s(self) -> int:
         return retry_after_s(self._config.probe.interval_dead_ns)
 
-    def _start_merge(self, request: Request, now_ns: int) -> bool:
-        """Ask all servers that are concerned; False when there is at most one, whose own answer will do."""
-        placed = self._placed(request, now_ns)
-        if placed is not None and len(placed) < 2:
-            self._start_placed(request, placed, now_ns)
-            return True
-        concerned = self._placement.concerned(request) if placed is None else placed
-        if len(concerned) < 2:
+    def _start_broadcast(self, request: Request, now_ns: int) -> bool:
+        """Ask all servers that are concerned; of one alone its own answer will do. False when there is none such."""
+        concerned = self._broadcast.concerned(request, now_ns)
+        if concerned is None:
             return False
-        request.merged = True
-        self._out.append(StartMerge(request.id, tuple([server.id for server in concerned])))
-        self._start_all(request, concerned, _BROADCAST, now_ns)
+        if len(concerned) > 1:
+            self._broadcast.merge(request, concerned, now_ns)
+        elif concerned:
+            self._start_racing(request, concerned, now_ns)
+        else:
+            message = f"no server that '{request.event.model}' is placed on is alive ([[models]])"
+            self._reject(request, 502, message, now_ns, retry_after=self._retry_after_s())
         return True
-
-    def _placed(self, request: Request, now_ns: int) -> list[Server] | None:
-        """Return the live servers that what is to be brought there is declared for; None when it is not declared."""
-        if request.event.servers or find_route(request.event.route).needs_model:
-            return None
-        return self._provision.placed(request.model, now_ns)
-
-    def _start_placed(self, request: Request, placed: Sequence[Server], now_ns: int) -> None:
-        if placed:
-            self._start_racing(request, placed, now_ns)
-            return
-        message = f"no server that '{request.event.model}' is placed on is alive ([[models]])"
-        self._reject(request, 502, message, now_ns, retry_after=self._retry_after_s())
-
-    def settle_merge(self, request: Request, now_ns: int) -> None:
-        """End a request of which all attempts have ended."""
-        if request.live_attempts:
-            return
-        self._out.append(EndMerge(request.id))
-        n_all, failures = len(request.attempts), request.failures
-        n_lacking = sum(failure.reason is Reason.MODEL_NOT_FOUND for failure in failures)
-        if len(failures) < n_all and n_lacking == len(failures):
-            where = f"on all {n_all} servers" if not n_lacking else f"on {n_all - n_lacking} servers, which had it"
-            self._ledger.end(request, RequestInput.FINISH, Decision.FINISHED, where, now_ns)
-            return
-        refused = all(400 <= failure.status < 500 for failure in failures)
-        if refused and (len(failures) == n_all or request.kind is _GENERATE):  # such as for what is not there
-            why = f"passed on as it was: {race.failures_in_words(failures)}"
-            self._ledger.end(request, RequestInput.FINISH, Decision.FINISHED, why, now_ns)
-            return
-        why = f"failed on {len(failures)} of {n_all} servers: {race.failures_in_words(failures)}"
-        self._ledger.end(request, RequestInput.FAIL, Decision.FAILED, why, now_ns)
 
     def _sync_may_help(self, request: Request, now_ns: int) -> bool:
         """Read the servers anew when none is known to have what is needed; True while the answer is awaited.
@@ -272,35 +238,6 @@ class Requests:
             stats = self._fleet.stats.get(request.model or "")
             request.hedge_delay_ns = race.hedge_delay_ns(stats, self._config.race, stream=request.stream)
             self._timers.arm(_HEDGE_TIMER, request.id, now_ns + request.hedge_delay_ns)
-
-    def _start_unload(self, request: Request, now_ns: int) -> bool:
-        """Send an unload to every server that has the model loaded; False when none has."""
-        model = request.model or ""
-        names = request.event.servers
-        loaded = [
-            s
-            for s in self._fleet
-            if s.is_alive and model in s.models and s.models[model].loaded and (not names or s.name in names)
-        ]
-        self._start_all(request, loaded, "unload wherever it is loaded", now_ns)
-        return bool(loaded)
-
-    def _start_loads(self, request: Request, now_ns: int) -> bool:
-        """Send a load to every server that the model is placed on; False when it is declared for none, or for one."""
-        model = request.model or ""
-        placed = [server for server in self._provision.placed(model, now_ns) or () if server.has(model)]
-        with_room = selection.with_room(placed, request)
-        if len(with_room) < 2:
-            return False
-        self._start_all(request, with_room, "load wherever it is placed", now_ns)
-        return True
-
-    def _start_all(self, request: Request, servers: Sequence[Server], why: str, now_ns: int) -> None:
-        for server in servers:
-            self._ledger.start(request, server, _PRIMARY, now_ns)
-        if servers:
-            why = aliases.words(request, why)
-            self._ledger.record(_STARTED, request, why, names=tuple([server.name for server in servers]))
 
     def on_hedge_timer(self, request_id: int, now_ns: int) -> None:
         """No first token within the hedge delay: ask one more server."""

@@ -87,7 +87,7 @@ ENUMS: tuple[type[Enum], ...] = (
 CLASSES: Mapping[str, type] = {cls.__name__: cls for cls in (*VALUES, *_SHARED, *ENUMS)}
 """All that can stand in a snapshot beside the types of JSON, tuples, deques and generators."""
 
-_PARTS = ("timers", "fleet", "ledger", "placement", "provision", "_requests", "_attempts")
+_PARTS = ("timers", "fleet", "ledger", "placement", "provision", "_broadcast", "_requests", "_attempts")
 """The parts of a balancer that hold state; a new balancer makes them anew, and they are filled."""
 
 _CACHES = frozenset({("Fleet", "_holders")})
