@@ -84,6 +84,12 @@ MUTATIONS: Sequence[Mutation] = (
         "pass",
     ),
     Mutation(
+        "every failed probe of a server that was never read is told of",
+        "lbcore.fleet:Fleet._probe_failed",
+        "server.died_ns is None and server.probe_failures == 1",
+        "server.died_ns is None",
+    ),
+    Mutation(
         "the pause between probes of a dead server grows without bound",
         "lbcore.fleet:Fleet._probe_failed",
         "server.probe_pause_ns, probe.interval_dead_ns, probe.interval_dead_max_ns",

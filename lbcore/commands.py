@@ -161,6 +161,7 @@ class Decision(StrEnum):
     SERVER_ADDED = "server-added"
     SERVER_BACK = "server-back"
     SERVER_DIED = "server-died"
+    SERVER_UNREAD = "server-unread"
     SERVER_DRAINING = "server-draining"
     SERVER_GONE = "server-gone"
     JOB_STARTED = "job-started"

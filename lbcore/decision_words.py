@@ -32,6 +32,7 @@ _WORDS: Mapping[Decision, Callable[[RecordDecision], str]] = {
     Decision.SERVER_ADDED: lambda d: f"{d.server} {d.why}",
     Decision.SERVER_BACK: lambda d: f"{d.server} is back: {d.why}",
     Decision.SERVER_DIED: lambda d: f"{d.server} is dead: {d.why}",
+    Decision.SERVER_UNREAD: lambda d: f"{d.server} cannot be read: {d.why} (probed again while it is in the fleet)",
     Decision.SERVER_DRAINING: lambda d: f"{d.server} is being removed: {d.why}",
     Decision.SERVER_GONE: lambda d: f"{d.server} is removed",
     Decision.JOB_STARTED: lambda d: f"{d.server} is to {d.before}: {d.why}",

@@ -381,6 +381,8 @@ class Fleet:
             fallen = server.probe_failures >= self._config.probe.fall
             value = min(after_failure(server.health, self._config.health), ALIVE_FROM / 2 if fallen else server.health)
             self._set_health(server, value, now_ns, why)
+        elif server.died_ns is None and server.probe_failures == 1:  # it was never alive, and has no death to tell of
+            self._record(Decision.SERVER_UNREAD, server, failure.words)
         probe = self._config.probe
         server.probe_pause_ns = next_probe_pause_ns(
             server.probe_pause_ns, probe.interval_dead_ns, probe.interval_dead_max_ns

@@ -130,6 +130,7 @@ _LEVELS: Mapping[Decision, int] = {
     Decision.FAILED: logging.WARNING,
     Decision.REJECTED: logging.WARNING,
     Decision.SERVER_DIED: logging.WARNING,
+    Decision.SERVER_UNREAD: logging.WARNING,
 }
 
 

@@ -47,6 +47,31 @@ def test_a_server_that_was_never_reached_is_probed_after_longer_and_longer_pause
     assert pauses == [1, 2, 4, 8, 15, 15, 15]
 
 
+def test_a_server_that_was_never_reached_is_told_of_once() -> None:
+    book = Playbook("a", probe=PROBE)
+    told = []
+    for _ in range(3):
+        book.timeout() << book.probed("a")
+        book.probe_failed("a")
+        told += [(record.decision, record.why) for record in book._decisions]
+    assert told == [(Decision.SERVER_UNREAD, "connection refused")]
+
+
+def test_a_server_that_is_added_in_vain_is_told_of_with_the_reason() -> None:
+    book = fleet("a") >> events.ServerAdded(Playbook.settings("b"))
+    book.probe_failed("b") << decision(Decision.SERVER_UNREAD, server="b", why="connection refused")
+
+
+def test_a_server_that_was_read_before_is_told_of_as_dead_and_not_as_unread() -> None:
+    book = fleet("a", probe=PROBE)
+    told = []
+    for _ in range(3):
+        book.timeout() << book.probed("a")
+        book.probe_failed("a")
+        told += [record.decision for record in book._decisions]
+    assert told == [Decision.HEALTH, Decision.SERVER_DIED]
+
+
 def test_the_first_sync_is_told_in_words() -> None:
     book = Playbook("a b", probe=PROBE)
     book.timeout() << book.probed("a") << book.probed("b")

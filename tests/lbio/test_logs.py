@@ -219,6 +219,14 @@ def test_a_decision_is_told_by_any_handler(caplog: pytest.LogCaptureFixture) -> 
     ]
 
 
+def test_a_server_that_was_never_reached_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "ollama_lb"):
+        Log(LogSettings()).decision(RecordDecision(Decision.SERVER_UNREAD, server="gpu1", why="connection refused"))
+    assert [(found.levelname, found.getMessage()) for found in caplog.records] == [
+        ("WARNING", "gpu1 cannot be read: connection refused (probed again while it is in the fleet)")
+    ]
+
+
 def test_a_server_that_is_merely_slower_than_others_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "ollama_lb"):
         Log(LogSettings()).decision(RecordDecision(Decision.DOUBTED, server="gpu1", why="4 races lost in a row"))
