@@ -40,7 +40,7 @@ __all__ = [
     "Problem",
     "access_warnings",
     "config_path",
-    "directory_warnings",
+    "directory_problems",
     "document",
     "dump",
     "load",
@@ -303,11 +303,12 @@ def access_warnings(app: AppConfig) -> Iterable[str]:
                "`ollama-lb key new NAME` makes a key, --listen 127.0.0.1:11434 lets only this machine in")
 
 
-def directory_warnings(app: AppConfig) -> Iterable[str]:
+def directory_problems(app: AppConfig) -> Iterable[Problem]:
     """Yield what `run` would fail at, on this machine and as it is now."""
     directory = Path(app.record.path).expanduser().parent
     if app.record.path and not directory.is_dir():
-        yield f"record.path: there is no directory {directory}: mkdir -p {directory}"
+        yield Problem("record.path", app.record.path, f"cannot be written: there is no directory {directory}",
+                      f"mkdir -p {directory}")
 
 
 def _sorted(problems: Iterable[Problem], raw: Mapping[str, Any], flag_of: Mapping[str, str]) -> list[Problem]:

@@ -12,7 +12,7 @@ from lbcore.parsing import ABSENT, Problem, show
 from lbcore.schema import format_value, walk
 from lbcore.units import counted, format_duration, format_size
 from lbio.access.credentials import SecretsError, read_secrets
-from lbio.config_file import access_warnings, directory_warnings
+from lbio.config_file import access_warnings, directory_problems
 from lbio.configuration.settings import NO_UPSTREAM, AppConfig, KeySettings
 
 _EXACT_BITS = 64
@@ -20,11 +20,12 @@ _EXACT_BITS = 64
 
 def found_at_start(app: AppConfig) -> tuple[Sequence[Problem], Sequence[str]]:
     """Return the problems and the warnings that `run` would meet, on this machine and as it is now."""
+    problems = tuple(directory_problems(app))
     try:
         secrets = read_secrets(app)
     except SecretsError as error:
-        return error.problems, ()
-    return (), (*access_warnings(app), *secrets.warnings, *directory_warnings(app))
+        return (*error.problems, *problems), ()
+    return problems, (*access_warnings(app), *secrets.warnings)
 
 
 def summary_lines(app: AppConfig) -> Iterator[str]:

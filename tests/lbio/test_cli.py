@@ -118,16 +118,18 @@ def test_check_passes_a_good_file(config: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_check_warns_of_a_directory_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_refuses_a_directory_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, logs = tmp_path / "my.toml", tmp_path / "logs"
     path.write_text(f"listen = '[::1]:1'\n[record]\npath = '{logs}/events.jsonl'\n{GOOD}", encoding="utf-8")
-    assert main(["check", str(path)]) == 0
-    assert capsys.readouterr().out.endswith(f"\nwarning: record.path: there is no directory {logs}: mkdir -p {logs}\n")
-    assert main(["check", str(path), "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["warnings"]) == 1
+    assert main(["check", str(path)]) == 2
+    said = f'record.path: "{logs}/events.jsonl" cannot be written: there is no directory {logs}; mkdir -p {logs}'
+    assert said in capsys.readouterr().err
+    assert main(["check", str(path), "--json"]) == 2
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem["text"] == said
     logs.mkdir()
     assert main(["check", str(path)]) == 0
-    assert "warning" not in capsys.readouterr().out
+    assert "record" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], ["run", "--help"]])
