@@ -248,7 +248,7 @@ def _candidates(
 ) -> Iterable[Candidate]:
     """Yield every server with what spoke for or against it."""
     chosen_as = {server_id: str(kind) for _, _, _, server_id, kind in started}
-    holders = selection.eligible(balancer.fleet.holders(request.model), request)
+    holders = selection.eligible(_holders(balancer, request), request)
     drawn = [server for server in holders if selection.has_room(server, request)]
     ranks = dict(zip((s.id for s in drawn), _ranks(balancer, drawn, request, now_ns), strict=True))
     weights = {server.id: selection.weight_of(server) for server in drawn}
@@ -288,6 +288,14 @@ def _candidates(
         )
 
 
+def _holders(balancer: LoadBalancer, request: Request) -> list[Server]:
+    """Return the live servers from among which is chosen: those that the client named, whatever they have."""
+    names = request.event.servers
+    if not names:
+        return balancer.fleet.holders(request.model)
+    return [server for server in balancer.fleet.holders(None) if server.name in names]
+
+
 @dataclass(frozen=True, slots=True)
 class _Rivals:
     """All that were drawn from, and who was chosen."""
@@ -311,7 +319,7 @@ def _ranks(balancer: LoadBalancer, drawn: list[Server], request: Request, now_ns
     model = request.model
     if not drawn or model is None or not request.generates:
         return [0] * len(drawn)
-    held = [server.models[model] for server in drawn]
+    held = [server.models.get(model) or ServerModel() for server in drawn]  # who is named may not have it
     return selection.ranks_of(drawn, held, request, balancer.config, now_ns)
 
 
@@ -355,9 +363,12 @@ def _why_not(balancer: LoadBalancer, server: Server, request: Request, rivals: _
     """Return the first thing that speaks against a server, in the order in which the core asks."""
     if server.state is ServerState.DRAINING:
         return "it is being removed"
+    names = request.event.servers
+    if names and server.name not in names:
+        return f"the client named {', '.join(names)}"
     if server.state is ServerState.DEAD:
         return f"dead: {server.last_error or 'not probed yet'}"
-    if request.model is not None and not server.has(request.model):
+    if not names and request.model is not None and not server.has(request.model):
         return "it does not have the model"
     if request.has_tried(server):
         return "it was asked already"

@@ -9,7 +9,8 @@ from lbcore.events import Reason
 from lbcore.explain import Choice, UnknownRequestError, explain_at
 from lbcore.schema import MS_NS
 from lbcore.trace import Recorder
-from tests.playbook import Playbook, RaceSettings, RetrySettings, fleet, many
+from tests.core.test_stories_review import killed
+from tests.playbook import Playbook, RaceSettings, RetrySettings, arrival, fleet, many
 
 
 def recorded(names: str = "a b c", **sections: object) -> tuple[Playbook, list[str]]:
@@ -163,3 +164,30 @@ def test_a_request_that_is_not_there_is_refused_with_those_that_are() -> None:
     book.now_ns += MS_NS
     with pytest.raises(UnknownRequestError, match="it has 1 to 1"):
         explain_at(lines, 7)
+
+
+def test_who_the_client_did_not_name_is_said_not_to_be_named() -> None:
+    book, lines = recorded("a b c")
+    book.server("b").models.clear()
+    book.balancer.fleet._changed()
+    book >> arrival(1, servers=("b",))
+    book.skip()
+    (choice,) = explain_at(lines, 1).choices
+    assert said(choice) == {
+        "a": "the client named b",
+        "b": "primary: the only one to choose from; not ready at once",
+        "c": "the client named b",
+    }
+    assert [candidate.chance for candidate in choice.candidates] == [None, 1.0, None]
+
+
+def test_a_pinned_server_that_is_dead_is_the_reason() -> None:
+    book, lines = recorded("a b")
+    killed(book, "b")
+    book >> arrival(1, servers=("b",))
+    book.skip()
+    told = explain_at(lines, 1)
+    assert [candidate.why.partition(":")[0] for candidate in told.choices[0].candidates] == [
+        "the client named b",
+        "dead",
+    ]
