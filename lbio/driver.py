@@ -38,7 +38,7 @@ from lbcore.records import Server
 from lbcore.schema import SECOND_NS
 from lbio.access.credentials import NO_CREDENTIALS, Credentials
 from lbio.answers.merge import Merge
-from lbio.answers.status import different_builds
+from lbio.answers.status import warnings_of
 from lbio.attempt import AttemptRun
 from lbio.configuration.settings import AppConfig
 from lbio.exchange import ClientRequest, Exchange
@@ -331,7 +331,7 @@ class Driver:
         """Warn, once, of models that are not the same everywhere, for ever."""
         warned: set[str] = set()
         while True:
-            found = different_builds(self.balancer.fleet)
+            found = warnings_of(self.balancer)
             for text in found:
                 if text not in warned:
                     self.log.warning(text)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from lbcore.aliases import model_now
 from lbcore.balancer import LoadBalancer
 from lbcore.catalog import builds
 from lbcore.commands import Work
@@ -27,7 +28,7 @@ def status(
     return {
         "servers": [server_status(server, now_ns) for server in balancer.fleet],
         "models": [_placed_model(place, balancer, shares, now_ns) for place in balancer.provision.places(now_ns)],
-        "warnings": different_builds(balancer.fleet),
+        "warnings": warnings_of(balancer),
         "requests": len(ledger.requests),
         "queued": len(ledger.queue),
         "attempts": len(ledger.attempts),
@@ -40,6 +41,20 @@ def status(
             "late_events": ledger.late_events,
         },
     }
+
+
+def warnings_of(balancer: LoadBalancer) -> list[str]:
+    """Return what an operator had better look at, though all goes on."""
+    return [*different_builds(balancer.fleet), *_hollow_aliases(balancer)]
+
+
+def _hollow_aliases(balancer: LoadBalancer) -> Iterator[str]:
+    """Yield the aliases of which no live server has any model, once all servers were read, or could not be."""
+    if any(server.last_sync_ns is None and not server.probe_failures for server in balancer.fleet):
+        return
+    for alias in balancer.config.aliases.values():
+        if model_now(alias, balancer.fleet) is None:
+            yield f"alias {alias.name}: no live server has {' or '.join(alias.models)}"
 
 
 def different_builds(servers: Iterable[Server]) -> list[str]:

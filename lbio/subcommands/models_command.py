@@ -21,7 +21,6 @@ from lbio.subcommands.ask_running import (
 if TYPE_CHECKING:
     from lbcore.balancer import LoadBalancer
     from lbcore.provision import Provision
-    from lbio.configuration.settings import AppConfig
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
@@ -37,7 +36,7 @@ NONE_DECLARED = "no [[models]] are declared: nothing is pulled, loaded or delete
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def models(context: click.Context, url: str, key_env: str | None, *, as_json: bool) -> int:
-    """Tell where the models of [[models]] are, and what is under way.
+    """Tell where models are, and what is under way for those of [[models]].
 
     Asks the balancer that runs at --url. Exits with 2 when it cannot be asked.
     """
@@ -53,13 +52,14 @@ def models(context: click.Context, url: str, key_env: str | None, *, as_json: bo
     if status != 200:
         click.echo(error_of(body) or f"{url} answered with {status}: is it an ollama-lb?", err=True)
         return EXIT_CANNOT_ASK
-    placed = json.loads(body)["models"]
+    told = json.loads(body)
     if as_json:
-        click.echo(json.dumps({"models": placed}, ensure_ascii=False))
+        servers = {server["name"]: server["models"] for server in told["servers"]}
+        click.echo(json.dumps({"models": told["models"], "servers": servers}, ensure_ascii=False))
     else:
-        from lbio.answers.status import models_table
+        from lbio.answers.lb_texts import models_text
 
-        click.echo(models_table(placed) if placed else NONE_DECLARED)
+        click.echo(models_text(told) if told["models"] else f"{models_text(told)}\n\n{NONE_DECLARED}")
     return EXIT_OK
 
 
@@ -82,7 +82,7 @@ def plan(config: str, *, as_json: bool) -> int:
     from lbio.subcommands.plan import read_fleet
 
     balancer, provision = read_fleet(app)
-    told = _object(app, balancer, provision)
+    told = _object(balancer, provision)
     if as_json:
         import json
 
@@ -92,8 +92,9 @@ def plan(config: str, *, as_json: bool) -> int:
     return EXIT_OK if any(server.is_alive for server in balancer.fleet) else EXIT_FAILED
 
 
-def _object(app: AppConfig, balancer: LoadBalancer, provision: Provision) -> dict[str, Any]:
-    warm = {model.name for model in app.core.models if model.warm}
+def _object(balancer: LoadBalancer, provision: Provision) -> dict[str, Any]:
+    from lbio.subcommands.plan import all_steps
+
     places = {place.model: place for place in provision.places(0)}
     return {
         "models": [
@@ -102,10 +103,11 @@ def _object(app: AppConfig, balancer: LoadBalancer, provision: Provision) -> dic
             for place in places.values()
         ],
         "steps": [
-            {"work": step.work, "model": (name := places[step.model].settings.name), "server": step.server.name,
-             "why": step.why, "then_warm": step.work == "pull" and name in warm}
-            for step in provision.wanted(0)
+            {"work": step.work, "model": places[step.model].settings.name, "server": step.server.name,
+             "why": step.why}
+            for step in all_steps(provision)
         ],
+        "servers": [server.name for server in balancer.fleet],
         "unread": {server.name: server.last_error for server in balancer.fleet if not server.is_alive},
     }  # fmt: skip
 
@@ -115,6 +117,8 @@ def _lines(told: dict[str, Any]) -> list[str]:
 
     if not told["models"]:
         return [NONE_DECLARED]
+    if not told["servers"]:
+        return ["no [[servers]]: the fake servers of [[fleet]] are not started for this"]
     rows = [("MODEL", "COPIES", "PLACED ON", "ON DISK", "LOADED")]
     for model in told["models"]:
         there = sum(name in model["on_disk"] for name in model["servers"])
@@ -123,6 +127,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
     lines = [align(rows), ""]
     lines += [f"cannot be read: {name}: {why}" for name, why in told["unread"].items()]
     for step in told["steps"]:
-        then = ", then keep it loaded" if step["then_warm"] else ""
-        lines.append(f"would {step['work']} {step['model']} on {step['server']}{then}: {step['why']}")
+        lines.append(f"would {step['work']} {step['model']} on {step['server']}: {step['why']}")
+    if len(told["unread"]) == len(told["servers"]):
+        return [*lines, "no server could be read: what would be done cannot be told"]
     return lines if told["steps"] else [*lines, "nothing to do"]

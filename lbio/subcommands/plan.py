@@ -10,9 +10,9 @@ from dataclasses import replace
 import anyio
 
 from lbcore.balancer import LoadBalancer
-from lbcore.commands import StartProbe
-from lbcore.events import Event
-from lbcore.provision import Provision
+from lbcore.commands import StartProbe, Work
+from lbcore.events import Event, ModelInfo
+from lbcore.provision import Provision, Step
 from lbcore.schema import SECOND_NS
 from lbcore.timers import Timers
 from lbio.access.credentials import NO_CREDENTIALS, Credentials, read_secrets
@@ -43,6 +43,22 @@ def read_fleet(app: AppConfig) -> tuple[LoadBalancer, Provision]:
     upstream = read_secrets(app).upstream
     anyio.run(_read_all, app, balancer, upstream)
     return balancer, Provision(app.core, balancer.fleet, Timers(), [])
+
+
+def all_steps(provision: Provision) -> list[Step]:
+    """Return all that would be done, one thing after the other, if everything went well.
+
+    What is done is written into the balancer, to see what would follow.
+    """
+    done: dict[tuple[Work, int, str], Step] = {}
+    while new := [step for step in provision.wanted(0) if (step.work, step.server.id, step.model) not in done]:
+        for step in new:
+            done[step.work, step.server.id, step.model] = step
+            record = step.server.model(step.model)
+            if step.work is not Work.WARM:
+                record.available = ModelInfo(step.model, "", "", "") if step.work is Work.PULL else None
+            record.loaded = step.work is Work.WARM or (record.loaded and step.work is Work.PULL)
+    return list(done.values())
 
 
 async def _read_all(app: AppConfig, balancer: LoadBalancer, upstream: Mapping[str, Credentials]) -> None:

@@ -168,14 +168,12 @@ def test_a_request_that_is_not_there_is_refused_with_those_that_are() -> None:
 
 def test_who_the_client_did_not_name_is_said_not_to_be_named() -> None:
     book, lines = recorded("a b c")
-    book.server("b").models.clear()
-    book.balancer.fleet._changed()
     book >> arrival(1, servers=("b",))
     book.skip()
     (choice,) = explain_at(lines, 1).choices
     assert said(choice) == {
         "a": "the client named b",
-        "b": "primary: the only one to choose from; not ready at once",
+        "b": "primary: the only one to choose from; ready",
         "c": "the client named b",
     }
     assert [candidate.chance for candidate in choice.candidates] == [None, 1.0, None]

@@ -134,6 +134,7 @@ async def test_models_tells_where_they_are_now() -> None:
         told = await anyio.to_thread.run_sync(run)
         assert told.return_value == 0, told.output
         assert re.search(r"^tiny +2 of 2 +a, b +a, b +a, b +-$", told.output, re.MULTILINE), told.output
+        assert re.search(r"^tiny:latest +2/2 +0 +a, b$", told.output, re.MULTILINE), told.output
         as_json = json.loads((await anyio.to_thread.run_sync(run, "--json")).output)
         assert [model["name"] for model in as_json["models"]] == ["tiny"]
     told = await anyio.to_thread.run_sync(run)
@@ -152,10 +153,15 @@ async def test_models_plan_tells_what_would_be_done_and_does_nothing(tmp_path: P
 
         told = await anyio.to_thread.run_sync(run)
         assert told.return_value == 0
-        assert "would pull new on a, then keep it loaded: placed on a, b, missing here" in told.output
+        assert "would pull new on a: placed on a, b, missing here" in told.output
         assert "tiny   1 of 1  a          a, b     a, b" in told.output
         as_json = json.loads((await anyio.to_thread.run_sync(run, "--json")).output)
-        assert [(s["work"], s["server"]) for s in as_json["steps"]] == [("pull", "a"), ("pull", "b")]
+        assert [(s["work"], s["server"]) for s in as_json["steps"]] == [
+            ("pull", "a"),
+            ("pull", "b"),
+            ("warm", "a"),
+            ("warm", "b"),
+        ]
         assert all("new:latest" not in server.live.fake.disk for server in fleet)
 
 
@@ -165,6 +171,40 @@ def test_models_plan_of_servers_that_cannot_be_reached_says_so(tmp_path: Path) -
     told = CliRunner().invoke(cli, ["models", "plan", str(config)], standalone_mode=False)
     assert told.return_value == 1
     assert "cannot be read: 127.0.0.1:1: connection refused" in told.output
+    assert "no server could be read: what would be done cannot be told" in told.output
+
+
+def test_models_plan_of_fake_servers_alone_says_that_they_do_not_run(tmp_path: Path) -> None:
+    config = tmp_path / "lb.toml"
+    config.write_text('[[fleet]]\nname = "a"\n[[models]]\nname = "m"\n')
+    told = CliRunner().invoke(cli, ["models", "plan", str(config)], standalone_mode=False)
+    assert told.return_value == 1
+    assert told.output.startswith("no [[servers]]")
+
+
+async def test_models_plan_tells_of_deletions_that_come_last(tmp_path: Path) -> None:
+    async with serve_fleet(specs("a", "b")) as fleet:
+        config = tmp_path / "lb.toml"
+        servers = "\n".join(f'[[servers]]\nurl = "{server.url}"\nname = "{server.spec.name}"' for server in fleet)
+        config.write_text(f'{servers}\n[[servers]]\nurl = "http://127.0.0.1:1"\nname = "c"\n'
+                          '[[models]]\nname = "tiny"\nservers = ["a"]\nprune = true\n'
+                          '[[models]]\nname = "new"\nservers = ["b"]\n')  # fmt: skip
+
+        def run() -> Any:
+            return CliRunner().invoke(cli, ["models", "plan", str(config), "--json"], standalone_mode=False)
+
+        told = json.loads((await anyio.to_thread.run_sync(run)).output)
+        assert {(s["work"], s["model"], s["server"]) for s in told["steps"]} == {
+            ("delete", "tiny", "b"),
+            ("pull", "new", "b"),
+        }
+        assert list(told["unread"]) == ["c"]
+
+
+async def test_an_alias_of_nothing_is_worth_a_warning() -> None:
+    async with balanced(specs("a"), alias={"good": "tiny", "bad": ["tyni", "tin"]}) as rig:
+        told = json.loads((await rig.ask("GET", "/status")).body)
+        assert told["warnings"] == ["alias bad: no live server has tyni or tin"]
 
 
 def test_models_plan_of_a_bad_file_names_the_key(tmp_path: Path) -> None:
