@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -297,13 +298,24 @@ _LISTED = "the keys here are "
 
 def unknown_key(table: str, name: str, value: Any, known: Keys) -> Problem:
     """Return the problem of a key that does not exist, with the `known` one that was probably meant."""
-    here = [key for above, key in known if above == table]
+    tables = {table, _INDEX.sub("", table)}  # servers[0], and servers: what all of a list have
+    here = list(dict.fromkeys(key for above, key in known if above in tables))
     elsewhere = [pair for pair in known if pair[1] == name]
-    meant = elsewhere or [(table, key) for key in nearest(name, here)] or _almost(name, known)
+    meant = elsewhere or [(table, key) for key in _begun(name, here) or nearest(name, here)] or _almost(name, known)
+    if isinstance(value, Mapping) and (near := nearest(name, here, cutoff=0.9)):
+        meant = [(table, near[0])]  # [timeout] is [timeouts], not a duration of that name somewhere else
     fix = f"{_LISTED}{', '.join(here)}" if here else ""
     if meant:
         fix = f"did you mean {' or '.join(join(*pair) for pair in meant[:3])}?"
     return Problem(join(table, name), value, "is set, but there is no such key", fix)
+
+
+_INDEX = re.compile(r"\[\d+\]")
+
+
+def _begun(name: str, here: Iterable[str]) -> list[str]:
+    """Return the keys of which `name` is the first word, or words: `drain` of `drain_timeout`."""
+    return [key for key in here if _plain(key).startswith(f"{_plain(name)}_")]
 
 
 def _almost(name: str, known: Keys) -> list[tuple[str, str]]:
