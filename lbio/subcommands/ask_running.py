@@ -87,3 +87,16 @@ def error_of(body: bytes) -> str | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return said if isinstance(said, str) and said else None
+
+
+def refusal_of(url: str, status: int, body: bytes) -> str:
+    """Return what to print of an answer that is not a good one: its own words, and what to do where a key is wanted."""
+    said = error_of(body)
+    if not said:
+        return f"{url} answered with {status} and no words of ollama-lb: is it one?"
+    return f"{said.partition(':')[0]}: {_KEY_FIX}" if status == 401 else said
+
+
+_KEY_FIX = (
+    f'set {DEFAULT_KEY_ENV} to a key with "manage", or name the environment variable that holds one with --key-env NAME'
+)

@@ -10,8 +10,8 @@ from lbio.subcommands.ask_running import (
     EXIT_CANNOT_ASK,
     EXIT_OK,
     CannotAskError,
-    error_of,
     fetch,
+    refusal_of,
     token_of,
     with_running,
 )
@@ -29,14 +29,29 @@ EXIT_CONFIG = 2
 NONE_DECLARED = "no [[models]] are declared: nothing is pulled, loaded or deleted by itself"
 
 
-@click.group(invoke_without_command=True,
+class _WithPlan(click.Group):
+    """Says which command reads a file, where one is given to the command that asks a running balancer."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if not args[0].endswith(".toml"):
+                raise
+            fix = f"Did you mean `ollama-lb models plan {args[0]}`?"
+            raise click.UsageError(f"{error.message} {fix}", ctx) from None
+
+
+@click.group(cls=_WithPlan, invoke_without_command=True,
              epilog="\b\nExamples:\n  ollama-lb models\n  ollama-lb models --url http://10.0.0.7:11434 --json\n"
                     "  ollama-lb models plan my.toml")
 @with_running
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def models(context: click.Context, url: str, key_env: str | None, *, as_json: bool) -> int:
-    """Tell where models are, and what is under way for those of [[models]].
+    """Tell where models are, and what is under way for [[models]].
 
     Asks the balancer that runs at --url. Exits with 2 when it cannot be asked.
     """
@@ -50,7 +65,7 @@ def models(context: click.Context, url: str, key_env: str | None, *, as_json: bo
         click.echo(str(error), err=True)
         return EXIT_CANNOT_ASK
     if status != 200:
-        click.echo(error_of(body) or f"{url} answered with {status}: is it an ollama-lb?", err=True)
+        click.echo(refusal_of(url, status, body), err=True)
         return EXIT_CANNOT_ASK
     told = json.loads(body)
     if as_json:

@@ -11,6 +11,7 @@ from lbio.subcommands.ask_running import (
     CannotAskError,
     error_of,
     fetch,
+    refusal_of,
     token_of,
     with_running,
 )
@@ -38,8 +39,7 @@ def why(request_id: str, url: str, key_env: str | None, *, as_json: bool) -> int
         click.echo(str(error), err=True)
         return EXIT_CANNOT_ASK
     if status != 200:
-        said = error_of(body)
-        click.echo(said or f"{url} answered with {status} and no words of ollama-lb: is it one?", err=True)
-        return EXIT_NOT_FOUND if said and status == 404 else EXIT_CANNOT_ASK
+        click.echo(refusal_of(url, status, body), err=True)
+        return EXIT_NOT_FOUND if status == 404 and error_of(body) else EXIT_CANNOT_ASK
     click.echo(body.decode(errors="replace").rstrip("\n"))
     return EXIT_OK

@@ -142,6 +142,26 @@ async def test_models_tells_where_they_are_now() -> None:
     assert "cannot be asked" in told.stderr
 
 
+def test_models_says_by_which_command_a_file_is_read() -> None:
+    told = CliRunner().invoke(cli, ["models", "my.toml"])
+    assert told.exit_code == 2
+    assert "No such command 'my.toml'. Did you mean `ollama-lb models plan my.toml`?" in told.stderr
+    assert "models plan plam" not in CliRunner().invoke(cli, ["models", "plam"]).stderr
+
+
+async def test_models_says_how_to_give_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BOSS", "a-key-that-manages")
+    async with balanced(specs("a"), keys=[{"name": "boss", "env": "BOSS", "allow": ["manage"]}]) as rig:
+
+        def run(*args: str) -> Any:
+            return CliRunner().invoke(cli, ["models", "--url", rig.url, *args], standalone_mode=False)
+
+        told = await anyio.to_thread.run_sync(run)
+        assert told.return_value == 2
+        assert told.stderr.startswith('a key is needed: set OLLAMA_API_KEY to a key with "manage", or ')
+        assert (await anyio.to_thread.run_sync(run, "--key-env", "BOSS")).return_value == 0
+
+
 async def test_models_plan_tells_what_would_be_done_and_does_nothing(tmp_path: Path) -> None:
     async with serve_fleet(specs("a", "b")) as fleet:
         config = tmp_path / "lb.toml"
