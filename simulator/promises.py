@@ -135,12 +135,18 @@ class Promises:
         return call
 
     def _loaded(self, server_id: int, model: str, options: str | None) -> None:
-        """A model is loaded: who asked for it with the same options waits for its load no more. None: as it was."""
+        """A model is loaded: who asked for it with the same options waits for its load no more. None: as it was.
+
+        If the options are others than before, whoever was thought to be served by that load, and came too late, waits
+        for one again.
+        """
         key = server_id, model
+        waiting = self._loads[key]
         if options is not None:
-            self._loaded_as[key] = options
+            before, self._loaded_as[key] = self._loaded_as.get(key), options
+            waiting = self._cold[key] if before != options else waiting
         loaded_as = self._loaded_as.get(key)
-        self._loads[key] = {a: o for a, o in self._loads[key].items() if loaded_as is not None and o != loaded_as}
+        self._loads[key] = {a: o for a, o in waiting.items() if loaded_as is not None and o != loaded_as}
 
     def _on_synced(self, server_id: int, active: Sequence[str]) -> None:
         for key in [key for key in self._cold if key[0] == server_id]:
