@@ -118,8 +118,11 @@ def test_check_passes_a_good_file(config: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_check_refuses_a_directory_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, logs = tmp_path / "my.toml", tmp_path / "logs"
+def test_check_refuses_a_directory_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, logs = tmp_path / "my.toml", Path("logs")
     path.write_text(f"listen = '[::1]:1'\n[record]\npath = '{logs}/events.jsonl'\n{GOOD}", encoding="utf-8")
     assert main(["check", str(path)]) == 2
     said = f'record.path: "{logs}/events.jsonl" cannot be written: there is no directory {logs}; mkdir -p {logs}'
