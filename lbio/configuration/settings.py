@@ -148,7 +148,7 @@ class RecordSettings:
     path: str = setting(
         Kind.TEXT,
         "file to which every event and decision is written, so that an incident can be replayed: sizes, times, ids and "
-        "model names, never a prompt or an answer. Empty: nothing is recorded",
+        "model names, never a prompt or an answer; from where ollama-lb is started. Empty: nothing is recorded",
         "")
     bytes_max: int = size(
         "when the file is larger it becomes path.1, path.1 becomes path.2, and a new one is begun, which can be "
@@ -185,7 +185,11 @@ class KeySettings:
         "what `ollama-lb key new NAME` prints; the key cannot be found from it. This, env or file: exactly one",
         "")
     env: str = setting(Kind.TEXT, "name of the environment variable that holds the key", "")
-    file: str = setting(Kind.TEXT, "file that holds the key and nothing else; for its owner alone (chmod 600)", "")
+    file: str = setting(
+        Kind.TEXT,
+        "file that holds the key and nothing else, looked for from the directory of this one; for its owner alone "
+        "(chmod 600)",
+        "")
     models: tuple[str, ...] = setting(
         Kind.TEXTS,
         "models that it may use and see; * stands for any text, a name without a tag means :latest, as everywhere",
@@ -208,7 +212,7 @@ class UpstreamSettings:
     bearer: str = setting(
         Kind.TEXT,
         'sent to this server alone, as "Authorization: Bearer ...", in place of what the client sent: "env:NAME" of an '
-        'environment variable, "file:PATH", or the secret itself. Empty: nothing',
+        'environment variable, "file:PATH" (from the directory of this file), or the secret itself. Empty: nothing',
         "")
     headers: tuple[tuple[str, str], ...] = setting(
         Kind.PAIRS,
