@@ -80,21 +80,33 @@ def fetch(url: str, path: str, accept: str, token: str | None = None) -> tuple[i
         connection.close()
 
 
-def error_of(body: bytes) -> str | None:
+class UnknownError(Exception):
+    """The balancer knows nothing of what was asked for; the message is its own."""
+
+
+def ask(url: str, path: str, accept: str, key_env: str | None) -> bytes:
+    """Return what a running balancer answers for `path`.
+
+    Raises UnknownError for a 404 of its own, CannotAskError for all else that is not a good answer.
+    """
+    status, body = fetch(url, path, accept, token_of(key_env))
+    if status == 200:
+        return body
+    said = _error_of(body)
+    if said is None:
+        raise CannotAskError(f"{url} answered with {status} and no words of ollama-lb: is it one?")
+    if status == 404:
+        raise UnknownError(said)
+    raise CannotAskError(f"{said.partition(':')[0]}: {_KEY_FIX}" if status == 401 else said)
+
+
+def _error_of(body: bytes) -> str | None:
     """Return what an answer of ours that is an error says; None when it is none of ours."""
     try:
         said = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return said if isinstance(said, str) and said else None
-
-
-def refusal_of(url: str, status: int, body: bytes) -> str:
-    """Return what to print of an answer that is not a good one: its own words, and what to do where a key is wanted."""
-    said = error_of(body)
-    if not said:
-        return f"{url} answered with {status} and no words of ollama-lb: is it one?"
-    return f"{said.partition(':')[0]}: {_KEY_FIX}" if status == 401 else said
 
 
 _KEY_FIX = (

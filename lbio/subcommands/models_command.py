@@ -10,9 +10,8 @@ from lbio.subcommands.ask_running import (
     EXIT_CANNOT_ASK,
     EXIT_OK,
     CannotAskError,
-    fetch,
-    refusal_of,
-    token_of,
+    UnknownError,
+    ask,
     with_running,
 )
 
@@ -60,14 +59,10 @@ def models(context: click.Context, url: str, key_env: str | None, *, as_json: bo
     import json
 
     try:
-        status, body = fetch(url, "/status", "application/json", token_of(key_env))
-    except CannotAskError as error:
+        told = json.loads(ask(url, "/status", "application/json", key_env))
+    except (CannotAskError, UnknownError) as error:
         click.echo(str(error), err=True)
         return EXIT_CANNOT_ASK
-    if status != 200:
-        click.echo(refusal_of(url, status, body), err=True)
-        return EXIT_CANNOT_ASK
-    told = json.loads(body)
     if as_json:
         servers = {server["name"]: server["models"] for server in told["servers"]}
         click.echo(json.dumps({"models": told["models"], "servers": servers}, ensure_ascii=False))

@@ -9,10 +9,8 @@ from lbio.subcommands.ask_running import (
     EXIT_NOT_FOUND,
     EXIT_OK,
     CannotAskError,
-    error_of,
-    fetch,
-    refusal_of,
-    token_of,
+    UnknownError,
+    ask,
     with_running,
 )
 
@@ -34,12 +32,9 @@ def why(request_id: str, url: str, key_env: str | None, *, as_json: bool) -> int
 
     accept = "application/json" if as_json else "text/plain"
     try:
-        status, body = fetch(url, f"/explain/{quote(request_id.removeprefix('#'), safe='')}", accept, token_of(key_env))
-    except CannotAskError as error:
+        body = ask(url, f"/explain/{quote(request_id.removeprefix('#'), safe='')}", accept, key_env)
+    except (CannotAskError, UnknownError) as error:
         click.echo(str(error), err=True)
-        return EXIT_CANNOT_ASK
-    if status != 200:
-        click.echo(refusal_of(url, status, body), err=True)
-        return EXIT_NOT_FOUND if status == 404 and error_of(body) else EXIT_CANNOT_ASK
+        return EXIT_NOT_FOUND if isinstance(error, UnknownError) else EXIT_CANNOT_ASK
     click.echo(body.decode(errors="replace").rstrip("\n"))
     return EXIT_OK

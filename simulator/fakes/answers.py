@@ -183,22 +183,29 @@ class Timing:
     wall_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """How one API speaks."""
-
-    stream_headers: tuple[tuple[bytes, bytes], ...]
-    single_type: bytes
-    begin: Callable[[Answer], Pieces]  # sent with the first token
-    token: Callable[[Answer, int, int], Pieces]  # answer, index, wall_ns
-    finish: Callable[[Answer, Timing], Pieces]
-    single: Callable[[Answer, Timing], bytes]
-    killed: Callable[[Answer], Pieces]  # what is still written when the runner dies mid-stream
-
-
-def nothing(_answer: Answer) -> Pieces:
-    """Return no piece: some dialects have none for the beginning, or for a death."""
+def _nothing(_answer: Answer) -> Pieces:
     return []
+
+
+def _no_token(_answer: Answer, _index: int, _wall_ns: int) -> Pieces:
+    return []
+
+
+def _no_end(_answer: Answer, _timing: Timing) -> Pieces:
+    return []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """How one API speaks; without more than the first two, it gives its answers whole."""
+
+    single_type: bytes
+    single: Callable[[Answer, Timing], bytes]
+    stream_headers: tuple[tuple[bytes, bytes], ...] = ()
+    begin: Callable[[Answer], Pieces] = _nothing  # sent with the first token
+    token: Callable[[Answer, int, int], Pieces] = _no_token  # answer, index, wall_ns
+    finish: Callable[[Answer, Timing], Pieces] = _no_end
+    killed: Callable[[Answer], Pieces] = _nothing  # what is still written when the runner dies mid-stream
 
 
 def sse(value: object) -> bytes:
@@ -210,12 +217,3 @@ def event(kind: str, value: Mapping[str, Any]) -> bytes:
     """Return an event with a name."""
     return b"event: " + kind.encode() + b"\n" + sse(value)
 
-
-def no_token(_answer: Answer, _index: int, _wall_ns: int) -> Pieces:
-    """Return no piece: some answers only come whole."""
-    return []
-
-
-def no_end(_answer: Answer, _timing: Timing) -> Pieces:
-    """Return no piece: some answers only come whole."""
-    return []

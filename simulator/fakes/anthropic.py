@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from simulator.fakes.answers import Answer, Dialect, Part, Pieces, Timing, event, go_json, nothing
+from simulator.fakes.answers import Answer, Dialect, Part, Pieces, Timing, event, go_json
 from simulator.fakes.openai import SSE_HEADERS
 
 
@@ -78,5 +78,4 @@ ANTHROPIC = Dialect(
     token=_token,
     finish=_finish,
     single=_single,
-    killed=nothing,
 )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from simulator.fake_ollama import FakeModel, FakeOllama, Job, Work, keep_alive_ns, runner_options
-from simulator.fakes.answers import Answer, Api, Dialect, Timing, go_json, no_end, no_token, nothing
+from simulator.fakes.answers import Answer, Api, Dialect, Timing, go_json
 from simulator.fakes.bodies import ApiError, check_options, named, parse
 from simulator.fakes.listings import digest
 from simulator.fakes.replies import Generation, Moment, Request
@@ -144,29 +144,14 @@ def _single_openai(answer: Answer, _timing: Timing) -> bytes:
 
 
 EMBED = Dialect(
-    stream_headers=(),
     single_type=b"application/json; charset=utf-8",
-    begin=nothing,
-    token=no_token,
-    finish=no_end,
     single=_single,
-    killed=nothing,
 )
 EMBEDDINGS = Dialect(
-    stream_headers=(),
     single_type=b"application/json; charset=utf-8",
-    begin=nothing,
-    token=no_token,
-    finish=no_end,
     single=_single_old,
-    killed=nothing,
 )
 OPENAI_EMBEDDINGS = Dialect(
-    stream_headers=(),
     single_type=b"application/json",
-    begin=nothing,
-    token=no_token,
-    finish=no_end,
     single=_single_openai,
-    killed=nothing,
 )

@@ -14,7 +14,6 @@ from simulator.fakes.answers import (
     Timing,
     go_json,
     hex_id,
-    nothing,
     rfc3339,
 )
 
@@ -94,7 +93,6 @@ def _killed(_answer: Answer) -> Pieces:
 NATIVE = Dialect(
     stream_headers=((b"Content-Type", b"application/x-ndjson"),),
     single_type=b"application/json; charset=utf-8",
-    begin=nothing,
     token=_token,
     finish=_finish,
     single=_single,

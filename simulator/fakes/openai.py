@@ -12,9 +12,6 @@ from simulator.fakes.answers import (
     Pieces,
     Timing,
     go_json,
-    no_end,
-    no_token,
-    nothing,
     sse,
 )
 from simulator.fakes.specs import NS_PER_S
@@ -106,7 +103,6 @@ def _killed(answer: Answer) -> Pieces:
 OPENAI = Dialect(
     stream_headers=SSE_HEADERS,
     single_type=b"application/json",
-    begin=nothing,
     token=_token,
     finish=_finish,
     single=_single,
@@ -119,13 +115,8 @@ def _transcribed(answer: Answer, _timing: Timing) -> bytes:
 
 
 TRANSCRIPTION = Dialect(
-    stream_headers=(),
     single_type=b"application/json",
-    begin=nothing,
-    token=no_token,
-    finish=no_end,
     single=_transcribed,
-    killed=nothing,
 )
 TRANSCRIPTION_AS_TEXT = replace(
     TRANSCRIPTION,

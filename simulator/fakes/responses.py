@@ -5,7 +5,7 @@ Each event of a stream has a number, so each token knows how many events came be
 
 from typing import Any
 
-from simulator.fakes.answers import Answer, Dialect, Part, Pieces, Timing, event, go_json, nothing
+from simulator.fakes.answers import Answer, Dialect, Part, Pieces, Timing, event, go_json
 from simulator.fakes.openai import SSE_HEADERS
 from simulator.fakes.specs import NS_PER_S
 
@@ -204,5 +204,4 @@ RESPONSES = Dialect(
     token=_token,
     finish=_finish,
     single=_single,
-    killed=nothing,
 )
