@@ -64,7 +64,7 @@ class JobRun:
         self._ask = request_of(command.work, command.model, command.runner_key)
         self._endpoint = endpoint
         self._core = core
-        self._via = b"1.1 " + via.encode()
+        self._via = via.encode()
         self._scope = anyio.CancelScope()
         self._told_s = time.monotonic()
 
@@ -104,12 +104,9 @@ class JobRun:
         method, path, asked = self._ask
         body = json.dumps(asked).encode()
         headers = [
-            (b"Host", self._endpoint.authority),
-            (b"User-Agent", b"ollama-lb"),
-            (b"Via", self._via),
+            *self._endpoint.own_headers(self._via),
             (b"Content-Type", b"application/json"),
             (b"Content-Length", b"%d" % len(body)),
-            *self._endpoint.credentials.pairs,
         ]
         await connection.stream.send(serialize_request(method, path, headers) + body)
         head = await read_response_head(connection, method, _HEAD_BYTES_MAX)

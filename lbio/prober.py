@@ -54,7 +54,7 @@ class Probe:
         self.probe_id = probe_id
         self._endpoint = endpoint
         self._core = core
-        self._via = b"1.1 " + via.encode()
+        self._via = via.encode()
         self._scope = anyio.CancelScope()
         self._connection: Connection | None = None
 
@@ -92,9 +92,8 @@ class Probe:
         try:
             if self._connection is None:
                 self._connection = await self._endpoint.dial()
-            headers = [(b"Host", self._endpoint.authority), (b"User-Agent", b"ollama-lb"), (b"Via", self._via)]
-            headers += self._endpoint.credentials.pairs
-            await self._connection.stream.send(serialize_request("GET", path, headers))
+            asked = serialize_request("GET", path, self._endpoint.own_headers(self._via))
+            await self._connection.stream.send(asked)
             head = await read_response_head(self._connection, "GET", _HEAD_BYTES_MAX)
             if head is None:
                 raise _ProbeError(Reason.RESET, path)

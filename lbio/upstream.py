@@ -119,6 +119,11 @@ class Endpoint:
     def __repr__(self) -> str:
         return f"<Endpoint {self.name} {self.url} idle={len(self._idle)}>"
 
+    def own_headers(self, via: bytes) -> list[tuple[bytes, bytes]]:
+        """Return the headers of a request of our own; `via` is who we are (RFC 9110 §7.6.3)."""
+        named = [(b"Host", self.authority), (b"User-Agent", b"ollama-lb"), (b"Via", b"1.1 " + via)]
+        return [*named, *self.credentials.pairs]
+
     def pooled(self) -> Connection | None:
         """Return an idle connection, the one used last; None when there is none young enough."""
         self.sweep()
