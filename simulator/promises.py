@@ -63,6 +63,7 @@ class Promises:
         self._n_extra = 0  # racers and hedges that only the budget allows
         self._last_probe_ns: dict[int, int] = {}
         self._died_ns: dict[str, int] = {}
+        self._unread: set[str] = set()  # servers of which it was told that they cannot be read
         self._failures: dict[int, int] = {}  # of a server, one after the other
         health = config.health
         divisor = health.failure_divisor
@@ -190,6 +191,10 @@ class Promises:
                 yield from self._on_probe(server_id, now_ns)
             case StartJob():
                 yield from self._on_job(command)
+            case RecordDecision(Decision.SERVER_UNREAD, server=name):
+                if name in self._unread:
+                    yield f"{name} is told of again: it could not be read before"
+                self._unread.add(name)
             case RecordDecision(Decision.SERVER_DIED, server=name):
                 self._died_ns[name] = now_ns
             case RecordDecision(Decision.SERVER_BACK, server=name):
