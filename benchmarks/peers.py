@@ -16,6 +16,8 @@ from typing import Any
 
 from benchmarks.kit import ended, find_program, free_port, wait_listening
 
+_NGINX_CONNECTIONS = 65536
+_IN_FLIGHT_MAX = 8  # ollama-lb's default
 PATIENCE_S = 10  # silence after which nginx and haproxy give a server up, and ollama-lb a stream
 
 
@@ -51,13 +53,19 @@ def _started(name: str, command: list[str], port: int, log: Path) -> Iterator[Pr
 
 
 @contextlib.contextmanager
-def ollama_lb(ports: Sequence[int], where: Path, extra: str = "", slots: int = 4) -> Iterator[Proxy]:
-    """Run `ollama-lb run` with default settings but for `silence`; it is ready when all servers were read."""
+def ollama_lb(
+    ports: Sequence[int], where: Path, extra: str = "", slots: int = 4, *, patience_s: int = PATIENCE_S
+) -> Iterator[Proxy]:
+    """Run `ollama-lb run` with default settings but for `silence`; it is ready when all servers were read.
+
+    `slots` of each server; above the default of `in_flight_max`, that is raised as well. Its log goes to a file.
+    """
     port = free_port()
-    lines = [f'listen = "127.0.0.1:{port}"', "seed = 1", extra, "[timeouts]", f'silence = "{PATIENCE_S}s"']
+    lines = [f'listen = "127.0.0.1:{port}"', "seed = 1", extra, "[timeouts]", f'silence = "{patience_s}s"']
     lines += ["[log]", 'format = "json"']
     for index, server in enumerate(ports):
         lines += ["[[servers]]", f'url = "http://127.0.0.1:{server}"', f'name = "s{index}"', f"slots = {slots}"]
+        lines += [f"in_flight_max = {slots}"] if slots > _IN_FLIGHT_MAX else []
     config = where / "lb.toml"
     config.write_text("\n".join(lines) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "lbio", "run", str(config)]
@@ -71,7 +79,9 @@ def ollama_lb(ports: Sequence[int], where: Path, extra: str = "", slots: int = 4
 
 
 @contextlib.contextmanager
-def nginx(ports: Sequence[int], where: Path) -> Iterator[Proxy]:
+def nginx(
+    ports: Sequence[int], where: Path, *, patience_s: int = PATIENCE_S, access_log: bool = False
+) -> Iterator[Proxy]:
     """Run nginx: one worker, least_conn, no buffering, every kind of retry it has (POST included)."""
     port = free_port()
     servers = "\n".join(f"server 127.0.0.1:{p} max_fails=1 fail_timeout=10s;" for p in ports)
@@ -81,15 +91,15 @@ def nginx(ports: Sequence[int], where: Path) -> Iterator[Proxy]:
     config = where / "nginx.conf"
     config.write_text(
         f"""daemon off; worker_processes 1; user root; pid {where}/nginx.pid; error_log {where}/nginx.err warn;
-events {{ worker_connections 4096; }}
+events {{ worker_connections {_NGINX_CONNECTIONS}; }}
 http {{
-  access_log off; {temp}
+  access_log {f"{where}/access.log" if access_log else "off"}; {temp}
   upstream ollama {{ least_conn; {servers} keepalive 32; }}
   server {{
-    listen 127.0.0.1:{port};
+    listen 127.0.0.1:{port} backlog=4096; keepalive_requests 1000000;
     location / {{
       proxy_pass http://ollama; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host localhost;
-      proxy_buffering off; proxy_connect_timeout 1s; proxy_read_timeout {PATIENCE_S}s;
+      proxy_buffering off; proxy_connect_timeout 1s; proxy_read_timeout {patience_s}s;
       proxy_next_upstream error timeout invalid_header http_500 http_502 http_503 non_idempotent;
     }}
   }}
@@ -103,7 +113,7 @@ http {{
 
 
 @contextlib.contextmanager
-def haproxy(ports: Sequence[int], where: Path) -> Iterator[Proxy]:
+def haproxy(ports: Sequence[int], where: Path, *, patience_s: int = PATIENCE_S) -> Iterator[Proxy]:
     """Run haproxy: one thread, leastconn, health checks each second, L7 retries of all that can be retried."""
     port = free_port()
     servers = "\n".join(f"  server s{i} 127.0.0.1:{p} check inter 1s fall 2 rise 2" for i, p in enumerate(ports))
@@ -114,8 +124,8 @@ def haproxy(ports: Sequence[int], where: Path) -> Iterator[Proxy]:
 defaults
   mode http
   timeout connect 1s
-  timeout client 60s
-  timeout server {PATIENCE_S}s
+  timeout client 600s
+  timeout server {patience_s}s
   retries 3
   option redispatch 1
   option http-buffer-request

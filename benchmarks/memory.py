@@ -1,0 +1,159 @@
+"""What a stream that waits costs in memory, and whether all of very many are answered.
+
+Streams are opened one after the other and held by the server: `waiting` before their first token, then, once that has
+come to all of them, `streaming` before their second. Memory is what is the program's own (USS, without what the kernel
+holds for sockets), less what it had when it was idle, for each stream. Then all are answered, and counted.
+
+The server has 10 addresses with 1,024 slots each, since no Ollama takes 10,000 at once. ollama-lb runs with
+`race.racers_max = 1` and `race.hedges_max = 0`, so that each stream has one attempt, as nginx's have; the row `races`
+has the defaults, where streams that wait are sent to two servers. A process needs two descriptors for each stream: the
+number is lowered to what the system allows (`ulimit -Hn`).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmarks import peers
+from benchmarks.kit import Report, finish, median, number, parser, spread, workspace
+from benchmarks.processes import Talker, load, memory, streams_max, upstream
+from benchmarks.streams import Load, even
+from benchmarks.upstream import Pace
+
+N_SERVERS, SLOTS = 10, 1024
+NUMBERS = (1_000, 10_000)
+BAR_KIB = 16.0
+_A_SECOND = 800  # streams opened
+_PATIENCE_S = 300
+_ALONE = f"[race]\nracers_max = 1\nhedges_max = 0\n[queue]\nlength_max = {NUMBERS[-1]}"
+
+Starter = Callable[[Sequence[int], Path], AbstractContextManager[peers.Proxy]]
+
+
+@dataclass(frozen=True)
+class Got:
+    """Memory for each stream, KiB, and how many streams came whole."""
+
+    waiting_uss: float
+    waiting_rss: float
+    streaming_uss: float
+    idle_mib: float
+    streams: int
+    complete: int
+    problems: tuple[str, ...]
+
+
+def contenders() -> tuple[dict[str, Starter], list[str]]:
+    """Return what can be measured here, and a word on what cannot."""
+    here, missing = peers.found()
+    ollama_lb = partial(peers.ollama_lb, slots=SLOTS, patience_s=_PATIENCE_S)
+    found: dict[str, Starter] = {
+        "ollama-lb": partial(ollama_lb, extra=_ALONE),
+        "ollama-lb, races": partial(ollama_lb, extra=f"[queue]\nlength_max = {NUMBERS[-1]}"),
+    }
+    if "nginx" in here:
+        found["nginx"] = partial(peers.nginx, patience_s=_PATIENCE_S)
+    if "haproxy" in here:
+        found["haproxy"] = partial(peers.haproxy, patience_s=_PATIENCE_S)
+    return found, missing
+
+
+def _until_held(servers: Talker, wanted: int, patience_s: float) -> bool:
+    """Wait until the servers have that many streams that wait; tell whether they came to."""
+    until = time.monotonic() + patience_s
+    while servers.ask("stats").get("held", 0) < wanted:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    time.sleep(1.0)  # what is done after the last
+    return True
+
+
+def measure(start: Starter, n_streams: int) -> Got:
+    """Open the streams, measure, and let them be answered."""
+    spread_s = n_streams / _A_SECOND
+    with upstream(N_SERVERS) as (ports, servers), workspace() as where, start(ports, where) as proxy:
+        with load(Load(proxy.port, even(50, 0.5), Pace(3, 5, 5))) as running:
+            running.result()
+        time.sleep(0.5)
+        idle = memory(proxy.pid)
+        with load(Load(proxy.port, even(n_streams, spread_s), Pace(3, 0, 5, hold=2), patience_s=120.0)) as running:
+            came = _until_held(servers, n_streams, 60.0 + spread_s)
+            waiting = memory(proxy.pid)
+            servers.ask("release")
+            time.sleep(0.5)
+            came = _until_held(servers, n_streams, 60.0) and came
+            streaming = memory(proxy.pid)
+            servers.ask("release")
+            seen = running.result()
+    problems = sorted(set(seen.problems))[:3] + ([] if came else ["the servers did not get all streams in time"])
+
+    def each_kib(now: dict[str, int], what: str) -> float:
+        return (now[what] - idle[what]) / 1024 / n_streams
+
+    return Got(
+        waiting_uss=each_kib(waiting, "uss"),
+        waiting_rss=each_kib(waiting, "rss"),
+        streaming_uss=each_kib(streaming, "uss"),
+        idle_mib=idle["uss"] / 2**20,
+        streams=n_streams,
+        complete=seen.complete,
+        problems=tuple(problems),
+    )
+
+
+def run(*, n_repeats: int = 3, numbers: Sequence[int] = NUMBERS) -> Report:
+    """Measure all programs with each number of streams."""
+    found, missing = contenders()
+    most = streams_max()
+    columns = (
+        "streams, program",
+        "waiting, KiB each",
+        "to nginx",
+        "of it RSS",
+        "streaming, KiB each",
+        "idle MiB",
+        "whole",
+    )
+    report = Report("memory", "memory: of streams that wait, median (min-max)", columns, notes=missing)
+    if max(numbers) > most:
+        report.notes.append(f"{most:,} streams in the place of {max(numbers):,}: what the descriptors here allow")
+    for n_streams in sorted({min(wanted, most) for wanted in numbers}):
+        programs = {name: start for name, start in found.items() if "races" not in name or n_streams <= NUMBERS[0]}
+        got: dict[str, list[Got]] = {name: [] for name in programs}
+        for _ in range(n_repeats):
+            for name, start in programs.items():
+                got[name].append(measure(start, n_streams))
+        peer = median([each.waiting_uss for each in got.get("nginx", [])])
+        for name, each in got.items():
+            middle = median([one.waiting_uss for one in each])
+            row = [f"{n_streams:,}, {name}", spread([one.waiting_uss for one in each]), number(middle / peer, 2)]
+            row += [spread([one.waiting_rss for one in each]), spread([one.streaming_uss for one in each])]
+            row += [spread([one.idle_mib for one in each])]
+            report.rows.append((*row, f"{sum(one.complete for one in each)}/{n_streams * n_repeats}"))
+            report.notes += [f"{n_streams:,}, {name}: {problem}" for one in each for problem in one.problems]
+            report.data[f"{n_streams}, {name}"] = [one.__dict__ for one in each]
+            if name == "ollama-lb":
+                report.bars[f"{n_streams:,} streams: <= {BAR_KIB:g} KiB each"] = middle <= BAR_KIB
+                report.bars[f"{n_streams:,} streams: all come whole"] = all(one.complete == n_streams for one in each)
+    return report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line."""
+    options = parser(__doc__ or "", "python -m benchmarks.memory --streams 1000 5000")
+    options.add_argument("--streams", type=int, nargs="+", help="how many are opened; default 1000 10000, --quick 1000")
+    options.add_argument("--repeats", type=int, help="how often each is measured; default 3, with --quick 1")
+    args = options.parse_args(argv)
+    numbers = args.streams or (NUMBERS[:1] if args.quick else NUMBERS)
+    return finish(run(n_repeats=args.repeats or (1 if args.quick else 3), numbers=numbers), as_json=args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
