@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
+import gc
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from lbio.configuration.settings import AppConfig
     from lbio.service import FleetFactory
     from simulator.fakes.specs import FakeSpec
-    from simulator.serve import FakeServer
 
 _C = TypeVar("_C", bound=Callable[..., Any])
 
@@ -107,12 +105,16 @@ def run(config: str | None, **flags: Any) -> int:
     CONFIG or a flag, with 1 when it cannot start, as when the port is taken.
     """
     specs: list[FakeSpec] = []
-    app = _load(config, flags, specs)
-    if app is None:
-        return EXIT_CONFIG
-    from lbio.service import run as run_service
+    gc.disable()  # a tenth of the start is a search for garbage among what stays; the service enables it
+    try:
+        app = _load(config, flags, specs)
+        if app is None:
+            return EXIT_CONFIG
+        from lbio.service import run as run_service
 
-    return run_service(app, fleet=_demo_fleet(specs) if specs else None)
+        return run_service(app, fleet=_demo_fleet(specs) if specs else None)
+    finally:
+        gc.enable()
 
 
 def _demo_fleet(specs: Sequence[FakeSpec]) -> FleetFactory:
@@ -168,7 +170,7 @@ def check(config: str | None, *, as_json: bool, **flags: Any) -> int:
 @click.option("--full", is_flag=True, help="Write every key, with its meaning, unit and default.")
 def init(*, full: bool, **flags: Any) -> int:
     """Write a CONFIG with what the flags say to standard output."""
-    from lbio.config_file import document, dump
+    from lbio.configuration.config_text import document, dump
 
     named = bool(flags["servers"]) or flags["server_file"] is not None
     app = _load(None, flags if named else {**flags, "servers": _EXAMPLE_SERVERS}, [])
@@ -202,7 +204,9 @@ def fleet(config: str) -> int:
         problem = Problem("fleet", ABSENT, "no fake server is named", 'write [[fleet]] and below it name = "one"')
         _report([problem])
         return EXIT_CONFIG
-    return _run_fleet(specs)
+    from simulator.fleet_cli import serve_until_told
+
+    return serve_until_told(specs)
 
 
 @cli.command(epilog=_examples("ollama-lb replay events.jsonl", "ollama-lb replay events.jsonl --at 17"))
@@ -358,69 +362,6 @@ def _report(problems: Iterable[Problem]) -> None:
 
 def _warn(text: str) -> None:
     click.echo(f"warning: {text}", err=True)
-
-
-# --- the fake servers alone --------------------------------------------------------------------------------
-
-
-def _run_fleet(specs: Sequence[FakeSpec]) -> int:
-    import anyio
-
-    failures: list[OSError] = []
-    try:
-        anyio.run(_serve_fleet, specs)
-    except* OSError as group:
-        failures.extend(_leaves(group))
-    for failure in failures:
-        click.echo(f"cannot serve the fake servers: {failure.strerror or failure}", err=True)
-    return EXIT_FAILED if failures else EXIT_OK
-
-
-def _leaves(group: BaseExceptionGroup[OSError]) -> Iterable[OSError]:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
-
-
-async def _serve_fleet(specs: Sequence[FakeSpec]) -> None:
-    from simulator.serve import serve_fleet
-
-    with _stop_signals() as signals:  # before anything is printed: whoever has read it may send one
-        async with serve_fleet(specs) as servers:
-            click.echo("\n".join(_fleet_lines(servers)))
-            sys.stdout.flush()
-            async for _ in signals:
-                return
-
-
-def _stop_signals() -> AbstractContextManager[AsyncIterator[object]]:
-    """Receive SIGINT and SIGTERM; where these cannot be received, wait until KeyboardInterrupt ends the loop."""
-    import contextlib
-
-    import anyio
-
-    async def never() -> AsyncIterator[object]:
-        await anyio.sleep_forever()
-        yield None
-
-    if sys.platform == "win32":
-        return contextlib.nullcontext(never())
-    return anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM)
-
-
-def _fleet_lines(servers: Sequence[FakeServer]) -> Iterable[str]:
-    """Yield the address of each fake server, and a request to paste."""
-    rows = [("SERVER", "URL", "MODELS")]
-    rows += [(of.spec.name, of.url, ", ".join(model.name for model in of.spec.models)) for of in servers]
-    name_width, url_width = (max(len(row[column]) for row in rows) for column in (0, 1))
-    for name, url, has in rows:
-        yield f"{name.ljust(name_width)}  {url.ljust(url_width)}  {has}"
-    first = servers[0]
-    model = first.spec.models[0].name if first.spec.models else "llama3.2"
-    body = f'{{"model":"{model}","messages":[{{"role":"user","content":"hello"}}]}}'
-    yield f"try: curl -N {first.url}/api/chat -d '{body}'"
 
 
 # --- entry point -------------------------------------------------------------------------------------------

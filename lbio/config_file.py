@@ -30,7 +30,6 @@ from lbio.configuration.config_servers import (
     refuse_loops,
     server_warnings,
 )
-from lbio.configuration.config_text import document, dump
 from lbio.configuration.settings import DEFAULT_LISTEN, AdminAccess, AppConfig
 
 __all__ = [
@@ -41,8 +40,6 @@ __all__ = [
     "access_warnings",
     "config_path",
     "directory_problems",
-    "document",
-    "dump",
     "load",
     "parse",
 ]

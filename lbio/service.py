@@ -81,8 +81,8 @@ async def _main(app: AppConfig, fleet: FleetFactory | None) -> int:
             for problem in error.problems:
                 _log.error("%s", problem)
             return 2
-        gc.collect()
         gc.freeze()  # what was imported stays: a collection that looks at all of it stops everything for 20 ms
+        gc.enable()
         with contextlib.suppress(OSError):  # nobody may be reading standard output
             _greet(service, demo=fleet is not None)
         await _until_told(service, signals)

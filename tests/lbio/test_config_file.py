@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from lbcore.config import Config, Policy, RouteSettings, ServerSettings, Strategy, Winner
 from lbcore.ollama import default_routes
 from lbcore.schema import SECOND_NS, fields_of
-from lbio.config_file import NO_OVERRIDES, ConfigError, Overrides, dump, load, parse
+from lbio.config_file import NO_OVERRIDES, ConfigError, Overrides, load, parse
+from lbio.configuration.config_text import dump
 from lbio.configuration.settings import AppConfig, Forwarded, LogLevel
 from simulator.fleet import parse_fleet
 

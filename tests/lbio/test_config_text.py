@@ -15,7 +15,8 @@ from lbcore.config import Config, ModelSettings, Policy, RouteSettings, ServerSe
 from lbcore.ollama import PASS_THROUGH, ROUTES, default_routes
 from lbcore.parsing import Problem, parse_value
 from lbcore.schema import SECOND_NS, Field, Kind, describe_setting, fields_of, format_value, join
-from lbio.config_file import ConfigError, document, dump, load, parse
+from lbio.config_file import ConfigError, load, parse
+from lbio.configuration.config_text import document, dump
 from lbio.configuration.settings import AppConfig, KeySettings, UpstreamSettings
 from simulator.fakes.specs import FakeSpec
 from simulator.fleet import parse_fleet
