@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from benchmarks import blob, chaos, core, fidelity, race
+from benchmarks import blob, chaos, core, fidelity, race, startup
 from benchmarks.kit import RESULTS, Report, parser
 
 _FULL: dict[str, Callable[[], Report]] = {
@@ -14,6 +14,7 @@ _FULL: dict[str, Callable[[], Report]] = {
     "chaos": chaos.run,
     "fidelity": fidelity.run,
     "blob": blob.run,
+    "startup": startup.run,
 }
 _QUICK: dict[str, Callable[[], Report]] = {
     "core": lambda: core.run(n_events=50_000, repeats=3),
@@ -21,6 +22,7 @@ _QUICK: dict[str, Callable[[], Report]] = {
     "chaos": lambda: chaos.run(seconds=chaos.QUICK_SECONDS),
     "fidelity": lambda: fidelity.run(n_requests=fidelity.QUICK_REQUESTS),
     "blob": lambda: blob.run(n_mib=blob.QUICK_MIB),
+    "startup": lambda: startup.run(repeats=startup.QUICK_REPEATS),
 }
 
 

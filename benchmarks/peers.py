@@ -29,6 +29,7 @@ class Proxy:
     port: int
     log: Path
     pid: int
+    command: tuple[str, ...]
 
     def status(self) -> dict[str, Any]:
         """Return ollama-lb's /status."""
@@ -49,7 +50,7 @@ Starter = Callable[[Sequence[int], Path], AbstractContextManager[Proxy]]
 def _started(name: str, command: list[str], port: int, log: Path) -> Iterator[Proxy]:
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process, ended(process):
         wait_listening(port, process, log)
-        yield Proxy(name, port, log, process.pid)
+        yield Proxy(name, port, log, process.pid, tuple(command))
 
 
 @contextlib.contextmanager
