@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from benchmarks import blob, chaos, core, fidelity, race, startup
+from benchmarks import blob, chaos, core, fidelity, race, soak, startup
 from benchmarks.kit import RESULTS, Report, parser
 
 _FULL: dict[str, Callable[[], Report]] = {
@@ -15,6 +15,7 @@ _FULL: dict[str, Callable[[], Report]] = {
     "fidelity": fidelity.run,
     "blob": blob.run,
     "startup": startup.run,
+    "soak": soak.run,
 }
 _QUICK: dict[str, Callable[[], Report]] = {
     "core": lambda: core.run(n_events=50_000, repeats=3),
@@ -23,6 +24,7 @@ _QUICK: dict[str, Callable[[], Report]] = {
     "fidelity": lambda: fidelity.run(n_requests=fidelity.QUICK_REQUESTS),
     "blob": lambda: blob.run(n_mib=blob.QUICK_MIB),
     "startup": lambda: startup.run(repeats=startup.QUICK_REPEATS),
+    "soak": lambda: soak.run(seconds=soak.QUICK_S),
 }
 
 

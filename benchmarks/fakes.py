@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from simulator.fakes.specs import FakeSpec
+from simulator.fakes.specs import FakeModel, FakeSpec
 from simulator.faults import Fault, FaultKind
 from simulator.serve import FakeServer, Stats, now_ns, serve_fleet
 
@@ -52,6 +52,12 @@ async def _main(specs: Sequence[FakeSpec]) -> None:
             print(json.dumps(_answer(fleet, json.loads(line))), flush=True)
 
 
+def _spec(fields: dict[str, Any]) -> FakeSpec:
+    """Return a server; its models are objects of FakeModel's fields."""
+    models = {"models": tuple(FakeModel(**model) for model in fields["models"])} if "models" in fields else {}
+    return FakeSpec(**{**_DEFAULTS, **fields, **models})
+
+
 if __name__ == "__main__":
     # Not uvloop: its clock, which the fakes sleep by, has a resolution of 1 ms.
-    anyio.run(_main, [FakeSpec(**{**_DEFAULTS, **spec}) for spec in json.loads(sys.argv[1])])
+    anyio.run(_main, [_spec(fields) for fields in json.loads(sys.argv[1])])
