@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,15 @@ def median(values: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Return `median (min-max)`."""
-    return f"{median(values):,.{digits}f} ({min(values):,.{digits}f}-{max(values):,.{digits}f})" if values else "-"
+    """Return `median (min-max)`, or the only value."""
+    if len(values) < 2:
+        return number(median(values), digits)
+    return f"{median(values):,.{digits}f} ({min(values):,.{digits}f}-{max(values):,.{digits}f})"
+
+
+def ratios(values: Sequence[float], to: Sequence[float]) -> list[float]:
+    """Return each value to the one of the same repetition; none when there is nothing to compare with."""
+    return [value / base for value, base in zip(values, to, strict=False) if base]
 
 
 def number(value: float, digits: int = 1) -> str:
@@ -72,6 +79,16 @@ def machine() -> dict[str, Any]:
 # --- results -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A figure of each repetition, for `python -m benchmarks compare`. `judged`: it does not depend on the moment."""
+
+    values: list[float]
+    unit: str
+    higher_is_better: bool = False
+    judged: bool = True
+
+
 @dataclass
 class Report:
     """One measurement's outcome: rows for people, `data` for programs, and whether each bar was met."""
@@ -82,13 +99,16 @@ class Report:
     rows: list[tuple[str, ...]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     bars: dict[str, bool] = field(default_factory=dict)
+    figures: dict[str, Figure] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=machine)
 
     def as_object(self) -> dict[str, Any]:
         """Return it as JSON's types."""
         found = {"name": self.name, "title": self.title, "machine": self.machine, "bars": self.bars}
-        return {**found, "columns": self.columns, "rows": self.rows, "notes": self.notes, "data": self.data}
+        figures = {name: asdict(figure) for name, figure in self.figures.items()}
+        told = {"columns": self.columns, "rows": self.rows, "notes": self.notes}
+        return {**found, **told, "figures": figures, "data": self.data}
 
     def _footer(self) -> list[str]:
         bars = [f"{'met   ' if met else 'MISSED'}  {bar}" for bar, met in self.bars.items()]

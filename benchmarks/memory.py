@@ -14,26 +14,24 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from benchmarks import peers
-from benchmarks.kit import Report, finish, median, number, parser, spread, workspace
+from benchmarks.kit import Figure, Report, finish, median, parser, ratios, spread, workspace
 from benchmarks.processes import Talker, load, memory, streams_max, upstream
 from benchmarks.streams import Load, even
 from benchmarks.upstream import Pace
 
 N_SERVERS, SLOTS = 10, 1024
 NUMBERS = (1_000, 10_000)
+REPEATS, QUICK_REPEATS = 3, 1
+RACING = "ollama-lb, races"
 BAR_KIB = 16.0
 _A_SECOND = 800  # streams opened
 _PATIENCE_S = 300
 _ALONE = f"[race]\nracers_max = 1\nhedges_max = 0\n[queue]\nlength_max = {NUMBERS[-1]}"
-
-Starter = Callable[[Sequence[int], Path], AbstractContextManager[peers.Proxy]]
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,13 @@ class Got:
     problems: tuple[str, ...]
 
 
-def contenders() -> tuple[dict[str, Starter], list[str]]:
+def contenders() -> tuple[dict[str, peers.Starter], list[str]]:
     """Return what can be measured here, and a word on what cannot."""
     here, missing = peers.found()
     ollama_lb = partial(peers.ollama_lb, slots=SLOTS, patience_s=_PATIENCE_S)
-    found: dict[str, Starter] = {
+    found: dict[str, peers.Starter] = {
         "ollama-lb": partial(ollama_lb, extra=_ALONE),
-        "ollama-lb, races": partial(ollama_lb, extra=f"[queue]\nlength_max = {NUMBERS[-1]}"),
+        RACING: partial(ollama_lb, extra=f"[queue]\nlength_max = {NUMBERS[-1]}"),
     }
     if "nginx" in here:
         found["nginx"] = partial(peers.nginx, patience_s=_PATIENCE_S)
@@ -75,7 +73,7 @@ def _until_held(servers: Talker, wanted: int, patience_s: float) -> bool:
     return True
 
 
-def measure(start: Starter, n_streams: int) -> Got:
+def measure(start: peers.Starter, n_streams: int) -> Got:
     """Open the streams, measure, and let them be answered."""
     spread_s = n_streams / _A_SECOND
     with upstream(N_SERVERS) as (ports, servers), workspace() as where, start(ports, where) as proxy:
@@ -108,40 +106,48 @@ def measure(start: Starter, n_streams: int) -> Got:
     )
 
 
-def run(*, n_repeats: int = 3, numbers: Sequence[int] = NUMBERS) -> Report:
-    """Measure all programs with each number of streams."""
-    found, missing = contenders()
-    most = streams_max()
+def report_of(got: dict[tuple[int, str], list[Got]]) -> Report:
+    """Put the repetitions together, by number of streams and program, and judge ours."""
     columns = (
         "streams, program",
         "waiting, KiB each",
-        "to nginx",
+        "x nginx",
         "of it RSS",
         "streaming, KiB each",
         "idle MiB",
         "whole",
     )
-    report = Report("memory", "memory: of streams that wait, median (min-max)", columns, notes=missing)
+    report = Report("memory", "memory: of streams that wait, median (min-max)", columns)
+    for (n_streams, program), each in got.items():
+        name, sizes = f"{n_streams:,}, {program}", [one.waiting_uss for one in each]
+        to_nginx = ratios(sizes, [one.waiting_uss for one in got.get((n_streams, "nginx"), [])])
+        row = [name, spread(sizes), spread(to_nginx, 2), spread([one.waiting_rss for one in each])]
+        row += [spread([one.streaming_uss for one in each]), spread([one.idle_mib for one in each])]
+        report.rows.append((*row, f"{sum(one.complete for one in each)}/{n_streams * len(each)}"))
+        report.notes += [f"{name}: {problem}" for one in each for problem in one.problems]
+        report.data[name] = [one.__dict__ for one in each]
+        report.figures[f"{name}: waiting"] = Figure(sizes, "KiB")
+        report.figures[f"{name}: streaming"] = Figure([one.streaming_uss for one in each], "KiB")
+        report.bars[f"{name}: all streams come whole"] = all(one.complete == n_streams for one in each)
+        if program == "ollama-lb":
+            report.bars[f"{name}: <= {BAR_KIB:g} KiB each"] = median(sizes) <= BAR_KIB
+    return report
+
+
+def run(*, repeats: int = REPEATS, numbers: Sequence[int] = NUMBERS) -> Report:
+    """Measure all programs with each number of streams."""
+    found, missing = contenders()
+    most = streams_max()
+    got: dict[tuple[int, str], list[Got]] = {}
+    for n_streams in sorted({min(wanted, most) for wanted in numbers}):
+        for _ in range(repeats):
+            for name, start in found.items():
+                if name != RACING or n_streams <= NUMBERS[0]:
+                    got.setdefault((n_streams, name), []).append(measure(start, n_streams))
+    report = report_of(got)
+    report.notes += missing
     if max(numbers) > most:
         report.notes.append(f"{most:,} streams in the place of {max(numbers):,}: what the descriptors here allow")
-    for n_streams in sorted({min(wanted, most) for wanted in numbers}):
-        programs = {name: start for name, start in found.items() if "races" not in name or n_streams <= NUMBERS[0]}
-        got: dict[str, list[Got]] = {name: [] for name in programs}
-        for _ in range(n_repeats):
-            for name, start in programs.items():
-                got[name].append(measure(start, n_streams))
-        peer = median([each.waiting_uss for each in got.get("nginx", [])])
-        for name, each in got.items():
-            middle = median([one.waiting_uss for one in each])
-            row = [f"{n_streams:,}, {name}", spread([one.waiting_uss for one in each]), number(middle / peer, 2)]
-            row += [spread([one.waiting_rss for one in each]), spread([one.streaming_uss for one in each])]
-            row += [spread([one.idle_mib for one in each])]
-            report.rows.append((*row, f"{sum(one.complete for one in each)}/{n_streams * n_repeats}"))
-            report.notes += [f"{n_streams:,}, {name}: {problem}" for one in each for problem in one.problems]
-            report.data[f"{n_streams}, {name}"] = [one.__dict__ for one in each]
-            if name == "ollama-lb":
-                report.bars[f"{n_streams:,} streams: <= {BAR_KIB:g} KiB each"] = middle <= BAR_KIB
-                report.bars[f"{n_streams:,} streams: all come whole"] = all(one.complete == n_streams for one in each)
     return report
 
 
@@ -149,10 +155,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run from the command line."""
     options = parser(__doc__ or "", "python -m benchmarks.memory --streams 1000 5000")
     options.add_argument("--streams", type=int, nargs="+", help="how many are opened; default 1000 10000, --quick 1000")
-    options.add_argument("--repeats", type=int, help="how often each is measured; default 3, with --quick 1")
+    words = f"how often each is measured; default {REPEATS}, with --quick {QUICK_REPEATS}"
+    options.add_argument("--repeats", type=int, help=words)
     args = options.parse_args(argv)
     numbers = args.streams or (NUMBERS[:1] if args.quick else NUMBERS)
-    return finish(run(n_repeats=args.repeats or (1 if args.quick else 3), numbers=numbers), as_json=args.json)
+    repeats = args.repeats or (QUICK_REPEATS if args.quick else REPEATS)
+    return finish(run(repeats=repeats, numbers=numbers), as_json=args.json)
 
 
 if __name__ == "__main__":

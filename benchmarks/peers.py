@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from benchmarks.kit import ended, find_program, free_port, wait_listening
 
 _NGINX_CONNECTIONS = 65536
 _IN_FLIGHT_MAX = 8  # ollama-lb's default
+LONG_S = 60  # the same for loads on purpose, where nothing is broken
+SLOTS_MAX = 1024  # of one server, as many as ollama-lb's settings allow
 PATIENCE_S = 10  # silence after which nginx and haproxy give a server up, and ollama-lb a stream
 
 
@@ -154,3 +157,14 @@ def found() -> tuple[dict[str, Starter], list[str]]:
     here: dict[str, Starter] = {name: start for name, start in others.items() if find_program(name)}
     missing = [f"{name} is not installed: left out" for name in others if name not in here]
     return {"ollama-lb": ollama_lb, **here}, missing
+
+
+def patient() -> tuple[dict[str, Starter], list[str]]:
+    """Return the same, set up for loads that a healthy server bears: they wait long, and slots are no limit."""
+    here, missing = found()
+    ready: dict[str, Starter] = {
+        "ollama-lb": partial(ollama_lb, slots=SLOTS_MAX, patience_s=LONG_S),
+        "nginx": partial(nginx, patience_s=LONG_S),
+        "haproxy": partial(haproxy, patience_s=LONG_S),
+    }
+    return {name: ready[name] for name in here}, missing

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kit import ended
-from benchmarks.streams import Load, Seen
+from benchmarks.streams import Load, Seen, even
+from benchmarks.upstream import Pace
 
 ROOT = Path(__file__).parent.parent
 _PROC = Path("/proc")
@@ -118,3 +119,9 @@ def load(wanted: Load) -> Iterator[Running]:
     """Run benchmarks/streams.py."""
     with _helper("benchmarks.streams", wanted.as_json()) as talker:
         yield Running(talker)
+
+
+def warm_up(port: int) -> None:
+    """Let a program import, connect and answer; not counted."""
+    with load(Load(port, even(20, 0.2), Pace(5, 0, 5))) as running:
+        running.result()

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -24,10 +24,12 @@ from typing import cast
 import uvloop
 
 from benchmarks import peers
-from benchmarks.kit import Report, find_program, finish, median, number, parser, spread, workspace
+from benchmarks.kit import Figure, Report, find_program, finish, median, parser, ratios, spread, workspace
 from benchmarks.processes import cpu_ns, upstream
 
 CONNECTIONS = 16
+REPEATS, QUICK_REPEATS = 5, 1
+SECONDS, QUICK_SECONDS = 2, 1
 PASS_BAR, STATE_BAR = 0.2, 0.5
 
 
@@ -149,27 +151,21 @@ async def _ask(port: int, kind: Kind, seconds: float) -> Got:
     return Got(requests, failed, time.monotonic() - begun)
 
 
-def ask(port: int, kind: Kind, seconds: int, where: Path, *, with_wrk: bool) -> Got:
-    """Ask for some seconds."""
-    return _wrk(port, kind, seconds, where) if with_wrk else uvloop.run(_ask(port, kind, seconds))
+def ask(port: int, kind: Kind, seconds: float, where: Path, *, with_wrk: bool) -> Got:
+    """Ask for some seconds; wrk takes whole ones."""
+    return _wrk(port, kind, round(seconds), where) if with_wrk else uvloop.run(_ask(port, kind, seconds))
 
 
-Starter = Callable[[Sequence[int], Path], AbstractContextManager[peers.Proxy]]
-
-
-def contenders() -> tuple[dict[str, Starter], list[str]]:
+def contenders() -> tuple[dict[str, peers.Starter], list[str]]:
     """Return what can be measured here, and a word on what cannot."""
-    here, missing = peers.found()
-    found: dict[str, Starter] = {"ollama-lb": partial(peers.ollama_lb, slots=64)}
-    if "nginx" in here:
-        found |= {"nginx": peers.nginx, "nginx, access_log": partial(peers.nginx, access_log=True)}
-    if "haproxy" in here:
-        found["haproxy"] = peers.haproxy
+    found, missing = peers.patient()
+    if "nginx" in found:
+        found["nginx with access_log"] = partial(peers.nginx, patience_s=peers.LONG_S, access_log=True)
     return found, missing
 
 
 @contextlib.contextmanager
-def _all_running(found: dict[str, Starter]) -> Iterator[dict[str, tuple[peers.Proxy, Path]]]:
+def _all_running(found: dict[str, peers.Starter]) -> Iterator[dict[str, tuple[peers.Proxy, Path]]]:
     """Run all programs before the same server: idle ones cost nothing."""
     with contextlib.ExitStack() as stack:
         ports, _ = stack.enter_context(upstream(1))
@@ -180,39 +176,53 @@ def _all_running(found: dict[str, Starter]) -> Iterator[dict[str, tuple[peers.Pr
         yield running
 
 
-def run(*, n_repeats: int = 5, seconds: int = 2, kinds: Sequence[Kind] = KINDS) -> Report:
+def measure(
+    found: dict[str, peers.Starter], kinds: Sequence[Kind], repeats: int, seconds: int
+) -> dict[tuple[str, str], list[Got]]:
+    """Let the programs take turns; what came of each repetition, by the names of kind and program."""
+    with_wrk = find_program("wrk") is not None
+    got: dict[tuple[str, str], list[Got]] = {(kind.name, name): [] for kind in kinds for name in found}
+    with _all_running(found) as running:
+        for kind in kinds:
+            for proxy, where in running.values():
+                ask(proxy.port, kind, 0.1, where, with_wrk=False)  # not counted: imports, connections
+        for _, kind, name in itertools.product(range(repeats), kinds, found):
+            proxy, where = running[name]
+            before = cpu_ns(proxy.pid)
+            one = ask(proxy.port, kind, seconds, where, with_wrk=with_wrk)
+            got[kind.name, name].append(replace(one, cpu_s=(cpu_ns(proxy.pid) - before) / 1e9))
+    return got
+
+
+def report_of(kinds: Sequence[Kind], got: dict[tuple[str, str], list[Got]]) -> Report:
+    """Put the repetitions together, and judge ours."""
+    columns = ("request, program", "a CPU-second", "x nginx", "CPU us each", "a second", "failed")
+    report = Report("small", f"small: requests, {CONNECTIONS} connections, median (min-max)", columns)
+    bars = {kind.name: kind.bar for kind in kinds}
+    for (kind, program), each in got.items():
+        name, rates = f"{kind}, {program}", [one.per_cpu_s for one in each]
+        to_nginx = ratios(rates, [one.per_cpu_s for one in got.get((kind, "nginx"), [])])
+        row = [name, spread(rates, 0), spread(to_nginx, 2), spread([1e6 / rate for rate in rates if rate])]
+        row += [spread([one.requests / one.seconds for one in each], 0), str(sum(one.failed for one in each))]
+        report.rows.append(tuple(row))
+        report.data[name] = [one.__dict__ for one in each]
+        report.figures[f"{name}: a CPU-second"] = Figure(rates, "requests", higher_is_better=True, judged=False)
+        if program == "ollama-lb":
+            report.bars[f"{kind}: all are answered with 200"] = all(one.requests and not one.failed for one in each)
+            if to_nginx:
+                report.figures[f"{name}: a CPU-second, to nginx"] = Figure(to_nginx, "x", higher_is_better=True)
+            if to_nginx and (bar := bars[kind]) is not None:
+                report.bars[f"{kind}: >= {bar:g} x nginx's"] = median(to_nginx) >= bar
+    return report
+
+
+def run(*, repeats: int = REPEATS, seconds: int = SECONDS, kinds: Sequence[Kind] = KINDS) -> Report:
     """Measure all kinds."""
     found, missing = contenders()
-    with_wrk = find_program("wrk") is not None
-    columns = ("request, program", "a CPU-second", "to nginx", "CPU µs each", "a second", "failed")
-    title = f"small: requests, {CONNECTIONS} connections, median (min-max)"
-    report = Report("small", title, columns, notes=missing)
-    if not with_wrk:
+    report = report_of(kinds, measure(found, kinds, repeats, seconds))
+    report.notes += missing
+    if find_program("wrk") is None:
         report.notes.append("wrk is not installed: an own client asks")
-    got: dict[tuple[str, str], list[Got]] = {}
-    with _all_running(found) as running:
-        for repeat in range(-1, n_repeats):  # the first is not counted: imports, connections
-            for kind in kinds:
-                for name, (proxy, where) in running.items():
-                    before = cpu_ns(proxy.pid)
-                    one = ask(proxy.port, kind, seconds if repeat >= 0 else 1, where, with_wrk=with_wrk)
-                    one = Got(one.requests, one.failed, one.seconds, (cpu_ns(proxy.pid) - before) / 1e9)
-                    if repeat >= 0:
-                        got.setdefault((kind.name, name), []).append(one)
-    for kind in kinds:
-        peer = median([each.per_cpu_s for each in got.get((kind.name, "nginx"), [])])
-        for name in found:
-            each = got[kind.name, name]
-            middle = median([one.per_cpu_s for one in each])
-            row = [f"{kind.name}, {name}", spread([one.per_cpu_s for one in each], 0), number(middle / peer, 2)]
-            row += [spread([one.cpu_s * 1e6 / one.requests for one in each if one.requests])]
-            row += [spread([one.requests / one.seconds for one in each], 0), str(sum(one.failed for one in each))]
-            report.rows.append(tuple(row))
-            report.data.setdefault(kind.name, {})[name] = [one.per_cpu_s for one in each]
-            if name == "ollama-lb":
-                report.bars[f"{kind.name}: no request fails"] = not any(one.failed for one in each)
-                if kind.bar is not None and peer == peer:  # noqa: PLR0124  not nan
-                    report.bars[f"{kind.name}: >= {kind.bar:g} x nginx's"] = middle >= kind.bar * peer
     return report
 
 
@@ -220,13 +230,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run from the command line."""
     options = parser(__doc__ or "", "python -m benchmarks.small --quick /api/tags pass-through")
     options.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(kind.name for kind in KINDS)}")
-    options.add_argument("--repeats", type=int, help="how often each is measured; default 5, with --quick 1")
+    words = f"how often each is measured; default {REPEATS}, with --quick {QUICK_REPEATS}"
+    options.add_argument("--repeats", type=int, help=words)
     args = options.parse_args(argv)
     kinds = [kind for kind in KINDS if not args.kinds or kind.name in args.kinds]
     if unknown := set(args.kinds) - {kind.name for kind in KINDS}:
         options.error(f"no such kind: {', '.join(sorted(unknown))}")
-    n_repeats = args.repeats or (1 if args.quick else 5)
-    return finish(run(n_repeats=n_repeats, seconds=1 if args.quick else 2, kinds=kinds), as_json=args.json)
+    repeats = args.repeats or (QUICK_REPEATS if args.quick else REPEATS)
+    seconds = QUICK_SECONDS if args.quick else SECONDS
+    return finish(run(repeats=repeats, seconds=seconds, kinds=kinds), as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ in its `options`, which Ollama ignores when it does not know them:
 
     num_predict     tokens, 100 by default
     bench_first_ms  until the first token
-    bench_every_ms  between two tokens
+    bench_every_ms  between two tokens, 1 at least
     bench_hold      how often the stream waits for `release`: 1 before its first token, 2 after it as well
 
 `created_at` is the moment at which a line is sent, so that a client can tell how long each token took to reach it.
@@ -23,8 +23,8 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, cast
 
 import uvloop
@@ -42,6 +42,7 @@ _FIXED = {
     b"/v1/models": "v1_models",
 }
 _MEMO_MAX = 1000
+NS_PER_S = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +69,14 @@ def pace_of(body: bytes) -> Pace:
     return Pace(**{name: int(options[key]) for key, name in names.items() if key in options})
 
 
+@lru_cache(maxsize=2)
+def _seconds(seconds: int) -> bytes:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)).encode()
+
+
 def stamp(now_ns: int) -> bytes:
     """Return a moment as Ollama writes it, with all nine digits."""
-    seconds, rest = divmod(now_ns, 1_000_000_000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)).encode() + b".%09dZ" % rest
+    return b"%s.%09dZ" % (_seconds(now_ns // NS_PER_S), now_ns % NS_PER_S)
 
 
 class Words:
@@ -84,7 +89,6 @@ class Words:
         self._token = self._open(lines[0])
         self._done = lines[-1]
         self._second = 0
-        self._prefix = b""
         self.head = b""
         self.fixed: dict[bytes, bytes] = {}
         self.plain = b""
@@ -149,18 +153,18 @@ class Server:
 
     def wake(self, stream: Stream, due_ms: int) -> None:
         """Let a stream go on at a moment."""
-        self._wheel[due_ms].append(stream)
         if self._timer is None:
-            self._ticked = min(due_ms, self.now_ms()) - 1
+            self._ticked = self.now_ms()
             self._timer = self.loop.call_later(0.001, self._tick)
+        self._wheel[max(due_ms, self._ticked + 1)].append(stream)  # what is due now goes with the next tick
 
     def _tick(self) -> None:
         self.words.refresh()
         now_ms = self.now_ms()
-        for due_ms in range(self._ticked + 1, now_ms + 1):
-            for stream in self._wheel.pop(due_ms, ()):
-                stream.speak(due_ms)
-        self._ticked = now_ms
+        while self._ticked < now_ms:
+            self._ticked += 1
+            for stream in self._wheel.pop(self._ticked, ()):
+                stream.speak(self._ticked)
         self._timer = self.loop.call_later(0.001, self._tick) if self._wheel else None
 
     def stats(self) -> dict[str, int]:
@@ -179,12 +183,12 @@ class Server:
 class Stream:
     """The answer to one chat."""
 
-    __slots__ = ("_holds", "_pace", "_said", "_server", "_write", "over")
+    __slots__ = ("_holds", "_pace", "_said", "_server", "_transport", "over")
 
-    def __init__(self, server: Server, pace: Pace, write: Callable[[bytes], None]) -> None:
+    def __init__(self, server: Server, pace: Pace, transport: asyncio.Transport) -> None:
         self._server = server
         self._pace = pace
-        self._write = write
+        self._transport = transport
         self._said = 0
         self._holds = pace.hold
         self.over = False
@@ -211,16 +215,20 @@ class Stream:
         if self._said == pace.tokens:
             self.over = True
             server.seen["complete"] += 1
-            self._write(server.words.done(pace.tokens))
-            server.loop.call_soon(self._write, LAST)  # a write of its own, as Ollama's
+            self._transport.write(server.words.done(pace.tokens))
+            server.loop.call_soon(self._end)  # a write of its own, as Ollama's
             return
-        self._write(server.words.token() if self._said else server.words.head + server.words.token())
+        self._transport.write(server.words.token() if self._said else server.words.head + server.words.token())
         self._said += 1
         server.seen["tokens"] += 1
         if self._holds:
             self._hold()
         else:
             server.wake(self, due_ms + pace.every_ms)
+
+    def _end(self) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(LAST)
 
 
 class Connection(asyncio.Protocol):
@@ -258,7 +266,7 @@ class Connection(asyncio.Protocol):
         if target == b"/api/chat":
             server.seen["chats"] += 1
             server.words.refresh()
-            self._stream = Stream(server, server.pace(body), transport.write)
+            self._stream = Stream(server, server.pace(body), transport)
             return
         server.seen["small"] += 1
         words = server.words
