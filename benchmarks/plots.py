@@ -27,12 +27,13 @@ def colour(name: str) -> str:
     return next((tone for program, tone in _COLOURS.items() if name.startswith(program)), "#404040")
 
 
-def split(rows: dict[str, Any], *, last: bool) -> dict[str, dict[str, Any]]:
-    """Take names such as `10, nginx` apart: by what stands before the first comma, or with `last`, the last one."""
+def grouped(rows: dict[str, Any], *, by_last: bool) -> dict[str, dict[str, Any]]:
+    """Group rows with names of two parts, such as `10, nginx`, by the part before or after the last comma."""
     found: dict[str, dict[str, Any]] = {}
     for name, row in rows.items():
-        before, _, after = name.rpartition(", ") if last else name.partition(", ")
-        found.setdefault(before, {})[after] = row
+        before, _, after = name.rpartition(", ")
+        group, key = (after, before) if by_last else (before, after)
+        found.setdefault(group, {})[key] = row
     return found
 
 
@@ -48,7 +49,15 @@ def bars(axes: Any, groups: Mapping[str, Mapping[str, Sequence[float]]], unit: s
                 heights.append(median(values))
                 below.append(median(values) - min(values))
                 above.append(max(values) - median(values))
-        axes.bar(places, heights, width * 0.92, yerr=[below, above], capsize=2, color=colour(program), label=program)
+        axes.bar(
+            places,
+            heights,
+            width * 0.92,
+            yerr=[below, above],
+            capsize=2 * any(above),
+            color=colour(program),
+            label=program,
+        )
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel(unit)
     axes.grid(axis="y", alpha=0.3)
@@ -58,7 +67,7 @@ def bars(axes: Any, groups: Mapping[str, Mapping[str, Sequence[float]]], unit: s
 
 def _relay(figure: Any, data: dict[str, Any]) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    by_servers = split(data, last=True)
+    by_servers = grouped(data, by_last=True)
     each = {
         f"{word},\n{servers}": {name: [pick(run) for run in runs] for name, runs in programs.items()}
         for word, pick in (("all CPU / tokens", _whole), ("one more token", _steady))
@@ -82,7 +91,7 @@ def _steady(run: dict[str, float]) -> float:
 
 
 def _relay_times(figure: Any, data: dict[str, Any]) -> None:
-    by_crowd = split(data, last=True)
+    by_crowd = grouped(data, by_last=False)
     for axes, (crowd, programs) in zip(figure.subplots(1, len(by_crowd)), by_crowd.items(), strict=True):
         for name, found in programs.items():
             _distribution(axes, found["ttft_ms"], name)
@@ -103,10 +112,10 @@ def _distribution(axes: Any, values: Sequence[float], name: str) -> None:
 
 def _small(figure: Any, data: dict[str, Any]) -> None:
     axes = figure.subplots()
-    groups: dict[str, dict[str, list[float]]] = {}
-    for name, runs in data.items():
-        kind, _, program = name.rpartition(", ")
-        groups.setdefault(kind, {})[program] = [run["requests"] / run["cpu_s"] for run in runs]
+    groups = {
+        kind: {name: [run["requests"] / run["cpu_s"] for run in runs] for name, runs in programs.items()}
+        for kind, programs in grouped(data, by_last=False).items()
+    }
     bars(axes, groups, "requests a CPU-second")
     axes.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.12))
 

@@ -158,10 +158,11 @@ def ask(port: int, kind: Kind, seconds: float, where: Path, *, with_wrk: bool) -
 
 def contenders() -> tuple[dict[str, peers.Starter], list[str]]:
     """Return what can be measured here, and a word on what cannot."""
-    found, missing = peers.patient()
-    if "nginx" in found:
-        found["nginx with access_log"] = partial(peers.nginx, patience_s=peers.LONG_S, access_log=True)
-    return found, missing
+    here, missing = peers.patient()
+    logging: peers.Starter = partial(peers.nginx, patience_s=peers.LONG_S, access_log=True)
+    wanted = {**here, "nginx with access_log": logging} if "nginx" in here else here
+    order = ("ollama-lb", "nginx", "nginx with access_log", "haproxy")
+    return {name: wanted[name] for name in order if name in wanted}, missing
 
 
 @contextlib.contextmanager
