@@ -29,7 +29,9 @@ NUMBERS = (1_000, 10_000)
 REPEATS, QUICK_REPEATS = 3, 1
 RACING = "ollama-lb, races"
 BAR_KIB = 16.0
-_A_SECOND = 800  # streams opened
+_A_SECOND = 400  # streams opened
+_STUCK_S = 15.0  # without another stream: no more will come
+_ANSWER_S = 90.0  # for all to come to their end, after the last was opened
 _PATIENCE_S = 300
 _ALONE = f"[race]\nracers_max = 1\nhedges_max = 0\n[queue]\nlength_max = {NUMBERS[-1]}"
 
@@ -62,11 +64,14 @@ def contenders() -> tuple[dict[str, peers.Starter], list[str]]:
     return found, missing
 
 
-def _until_held(servers: Talker, wanted: int, patience_s: float) -> bool:
-    """Wait until the servers have that many streams that wait; tell whether they came to."""
-    until = time.monotonic() + patience_s
-    while servers.ask("stats").get("held", 0) < wanted:
-        if time.monotonic() > until:
+def _until_held(servers: Talker, wanted: int) -> bool:
+    """Wait until the servers have that many streams that wait; False when no more come."""
+    held, since = 0, time.monotonic()
+    while held < wanted:
+        now_held = servers.ask("stats").get("held", 0)
+        if now_held > held:
+            held, since = now_held, time.monotonic()
+        if time.monotonic() - since > _STUCK_S:
             return False
         time.sleep(0.1)
     time.sleep(1.0)  # what is done after the last
@@ -81,12 +86,12 @@ def measure(start: peers.Starter, n_streams: int) -> Got:
             running.result()
         time.sleep(0.5)
         idle = memory(proxy.pid)
-        with load(Load(proxy.port, even(n_streams, spread_s), Pace(3, 0, 5, hold=2), patience_s=120.0)) as running:
-            came = _until_held(servers, n_streams, 60.0 + spread_s)
+        with load(Load(proxy.port, even(n_streams, spread_s), Pace(3, 0, 5, hold=2), patience_s=_ANSWER_S)) as running:
+            came = _until_held(servers, n_streams)
             waiting = memory(proxy.pid)
             servers.ask("release")
             time.sleep(0.5)
-            came = _until_held(servers, n_streams, 60.0) and came
+            came = _until_held(servers, n_streams) and came
             streaming = memory(proxy.pid)
             servers.ask("release")
             seen = running.result()

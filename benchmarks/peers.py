@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.kit import ended, find_program, free_port, wait_listening
 
 _NGINX_CONNECTIONS = 65536
-_IN_FLIGHT_MAX = 8  # ollama-lb's default
+_IN_FLIGHT_MAX, _FIRST_TOKEN_S = 8, 120  # ollama-lb's defaults
 LONG_S = 60  # the same for loads on purpose, where nothing is broken
 SLOTS_MAX = 1024  # of one server, as many as ollama-lb's settings allow
 PATIENCE_S = 10  # silence after which nginx and haproxy give a server up, and ollama-lb a stream
@@ -62,11 +62,12 @@ def ollama_lb(
 ) -> Iterator[Proxy]:
     """Run `ollama-lb run` with default settings but for `silence`; it is ready when all servers were read.
 
+    The first token of a loaded model may take as long as any silence when that is longer than by default.
     `slots` of each server; above the default of `in_flight_max`, that is raised as well. Its log goes to a file.
     """
     port = free_port()
     lines = [f'listen = "127.0.0.1:{port}"', "seed = 1", extra, "[timeouts]", f'silence = "{patience_s}s"']
-    lines += ["[log]", 'format = "json"']
+    lines += [f'first_token_warm = "{max(_FIRST_TOKEN_S, patience_s)}s"', "[log]", 'format = "json"']
     for index, server in enumerate(ports):
         lines += ["[[servers]]", f'url = "http://127.0.0.1:{server}"', f'name = "s{index}"', f"slots = {slots}"]
         lines += [f"in_flight_max = {slots}"] if slots > _IN_FLIGHT_MAX else []

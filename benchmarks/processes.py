@@ -79,10 +79,14 @@ class Talker:
 
     def ask(self, command: str) -> Any:
         """Tell it a line and return its answer."""
+        self.tell(command)
+        return self.hear()
+
+    def tell(self, command: str) -> None:
+        """Tell it a line."""
         if self._process.stdin is not None:
             self._process.stdin.write(command + "\n")
             self._process.stdin.flush()
-        return self.hear()
 
 
 @contextlib.contextmanager
@@ -117,7 +121,8 @@ class Running:
 @contextlib.contextmanager
 def load(wanted: Load) -> Iterator[Running]:
     """Run benchmarks/streams.py."""
-    with _helper("benchmarks.streams", wanted.as_json()) as talker:
+    with _helper("benchmarks.streams") as talker:
+        talker.tell(wanted.as_json())
         yield Running(talker)
 
 

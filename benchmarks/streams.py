@@ -1,6 +1,6 @@
-"""A client that opens many streams and costs next to nothing: `python -m benchmarks.streams '{"port": 11434, ...}'`.
+"""A client that opens many streams and costs next to nothing: `python -m benchmarks.streams` reads a line of JSON.
 
-The argument is a `Load` as JSON. Each stream is a chat on a connection of its own, begun at its planned moment whatever
+The line is a `Load`. Each stream is a chat on a connection of its own, begun at its planned moment whatever
 became of the earlier ones. Prints `{"begun_ns": ...}` when the first may begin, and when all are over (or `patience_s`
 have passed) a JSON object with a list for each of `Seen`'s fields. Moments are monotonic ns.
 """
@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from random import Random
-from typing import Any, cast
+from typing import cast
 
 import uvloop
 
@@ -39,7 +39,7 @@ class Load:
     patience_s: float = 60.0
 
     def as_json(self) -> str:
-        """Return it as the argument of this program."""
+        """Return it as the line that this program reads."""
         return json.dumps(asdict(self))
 
 
@@ -77,7 +77,18 @@ class Seen:
 class _Stream(asyncio.Protocol):
     """One chat. A token's line has two closing braces, and nothing else has any: bytes that cannot be cut in two."""
 
-    __slots__ = ("_before", "_braces", "_first_ns", "_last_ns", "_over", "_request", "_seen", "_sent_ns", "_timed")
+    __slots__ = (
+        "_before",
+        "_braces",
+        "_first_ns",
+        "_judged",
+        "_last_ns",
+        "_over",
+        "_request",
+        "_seen",
+        "_sent_ns",
+        "_timed",
+    )
 
     def __init__(self, seen: Seen, request: bytes, over: asyncio.Future[None], *, timed: bool) -> None:
         self._seen = seen
@@ -89,6 +100,7 @@ class _Stream(asyncio.Protocol):
         self._first_ns = 0
         self._last_ns = 0
         self._sent_ns = time.monotonic_ns()
+        self._judged = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Ask."""
@@ -101,7 +113,7 @@ class _Stream(asyncio.Protocol):
             self._first_ns = time.monotonic_ns()
             self._seen.ttft_ms.append((self._first_ns - self._sent_ns) / 1e6)
             if not data.startswith(b"HTTP/1.1 200"):
-                self.finish(data[:200].decode("latin-1"))
+                self.finish(data[:400].decode("latin-1"))
                 return
         if self._timed:
             self._time(data)
@@ -128,9 +140,11 @@ class _Stream(asyncio.Protocol):
 
     def finish(self, problem: str) -> None:
         """Judge, once."""
-        if self._over.done():
+        if self._judged:
             return
-        self._over.set_result(None)
+        self._judged = True
+        if not self._over.done():  # it is cancelled when the time is up
+            self._over.set_result(None)
         seen = self._seen
         seen.total_ms.append((time.monotonic_ns() - self._sent_ns) / 1e6)
         seen.tokens += max(0, self._braces // 2 - (not problem))
@@ -181,13 +195,8 @@ async def run(load: Load) -> Seen:
     return seen
 
 
-def _main(argument: str) -> None:
-    found: dict[str, Any] = asdict(uvloop.run(run(load_of(argument))))
-    print(json.dumps(found), flush=True)
-
-
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] in {"-h", "--help"}:
+    if len(sys.argv) > 1:
         print(__doc__)
-        sys.exit(0 if len(sys.argv) == 2 else 2)
-    _main(sys.argv[1])
+        sys.exit(0 if "--help" in sys.argv else 2)
+    print(json.dumps(asdict(uvloop.run(run(load_of(sys.stdin.readline()))))), flush=True)

@@ -79,6 +79,12 @@ def test_a_client_of_a_port_where_nobody_listens_says_so() -> None:
     assert "cannot connect" in seen.problems[0]
 
 
+def test_a_stream_that_gets_no_answer_in_time_is_told_of() -> None:
+    with upstream(1) as (ports, _), load(Load(ports[0], [0.0, 0.0], Pace(2, hold=1), patience_s=0.05)) as running:
+        seen = running.result()
+    assert (seen.complete, seen.problems) == (0, ["timed out"] * 2)
+
+
 def test_what_is_relayed_through_ollama_lb_is_counted_as_what_the_server_sent() -> None:
     start = peers.patient()[0]["ollama-lb"]
     with upstream(1) as (ports, servers), workspace() as where, start(ports, where) as proxy:
