@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Final
 
+from lbcore.compiling import mypyc_attr
 from lbcore.config import RaceSettings, RetrySettings
 from lbcore.records import Request
 
-RACE_BURST = 10.0
+RACE_BURST: Final = 10.0
 """Unused race budget is kept up to this many attempts."""
-RETRY_BURST = 10.0
+RETRY_BURST: Final = 10.0
 """Unused retry budget is kept up to this many retries."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class AdmissionQueue:
     """Requests waiting for room, first come first served for each model."""
 
@@ -63,6 +66,7 @@ class AdmissionQueue:
                 blocked.add(key)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class RaceBudget:
     """Credits for extra attempts: each request earns `budget`, each racer or hedge spends one (a token bucket)."""
 
@@ -88,6 +92,7 @@ class RaceBudget:
         return True
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class RetryBudget:
     """Retries under way, against a share of the requests in flight (Envoy's retry budget: 20 %, at least 3).
 

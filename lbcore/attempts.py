@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from lbcore import events, race
 from lbcore.broadcast import Broadcast
 from lbcore.commands import AbortRequest, CancelAttempt, Command, CommitAttempt, Decision
@@ -19,15 +21,22 @@ from lbcore.timers import TimerKind, Timers
 from lbcore.units import counted
 
 # Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
-_CONNECTED, _HEAD, _FIRST_TOKEN = AttemptInput.CONNECTED, AttemptInput.HEAD, AttemptInput.FIRST_TOKEN
-_END = AttemptInput.END
-_FINISH = RequestInput.FINISH
-_RACING = RequestState.RACING
-_GENERATE, _LOAD, _UNLOAD, _MANAGE = RequestKind.GENERATE, RequestKind.LOAD, RequestKind.UNLOAD, RequestKind.MANAGE
-_RELIABLE, _UNRELIABLE = Reliability.RELIABLE, Reliability.UNRELIABLE
-_MOST_TOKENS = Winner.MOST_TOKENS
-_LOST_RACE = Reason.LOST_RACE
-_COMMITTED, _FINISHED = Decision.COMMITTED, Decision.FINISHED
+_CONNECTED: Final = AttemptInput.CONNECTED
+_HEAD: Final = AttemptInput.HEAD
+_FIRST_TOKEN: Final = AttemptInput.FIRST_TOKEN
+_END: Final = AttemptInput.END
+_FINISH: Final = RequestInput.FINISH
+_RACING: Final = RequestState.RACING
+_GENERATE: Final = RequestKind.GENERATE
+_LOAD: Final = RequestKind.LOAD
+_UNLOAD: Final = RequestKind.UNLOAD
+_MANAGE: Final = RequestKind.MANAGE
+_RELIABLE: Final = Reliability.RELIABLE
+_UNRELIABLE: Final = Reliability.UNRELIABLE
+_MOST_TOKENS: Final = Winner.MOST_TOKENS
+_LOST_RACE: Final = Reason.LOST_RACE
+_COMMITTED: Final = Decision.COMMITTED
+_FINISHED: Final = Decision.FINISHED
 
 
 def _is_refused(request: Request) -> bool:

@@ -18,6 +18,7 @@ from lbcore import events
 from lbcore.attempts import Attempts
 from lbcore.broadcast import Broadcast
 from lbcore.commands import Command
+from lbcore.compiling import mypyc_attr
 from lbcore.config import Config
 from lbcore.errors import UnknownEventError
 from lbcore.events import Event
@@ -30,6 +31,7 @@ from lbcore.requests import Requests
 from lbcore.timers import TimerKind, Timers
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class LoadBalancer:
     """All decisions of ollama-lb. `ledger` holds what is under way, `fleet` the servers.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Final
 
 from lbcore.schema import MS_NS, SECOND_NS, Kind, count, duration, ratio, section, setting
 
@@ -297,4 +298,4 @@ class Config:
         return self.routes.get(name) or self.routes.get("*") or _SEQUENTIAL
 
 
-_SEQUENTIAL = RouteSettings()
+_SEQUENTIAL: Final = RouteSettings()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Final
 
 from lbcore.catalog import known_names
 from lbcore.commands import CancelProbe, Command, Decision, ForgetServer, RecordDecision, StartProbe
+from lbcore.compiling import mypyc_attr
 from lbcore.config import Config, ServerSettings
 from lbcore.events import ModelsSynced, ProbeCompleted, Reason
 from lbcore.health import (
@@ -31,12 +33,13 @@ from lbcore.states import (
 from lbcore.timers import TimerKind, Timers
 from lbcore.units import counted
 
-_HOLDERS_MAX = 1024
+_HOLDERS_MAX: Final = 1024
 
 # Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
-_GENERATE, _UNLOAD = RequestKind.GENERATE, RequestKind.UNLOAD
-_HEALTHY = ServerState.HEALTHY
-_HEALTH = Decision.HEALTH
+_GENERATE: Final = RequestKind.GENERATE
+_UNLOAD: Final = RequestKind.UNLOAD
+_HEALTHY: Final = ServerState.HEALTHY
+_HEALTH: Final = Decision.HEALTH
 
 
 def why_not(server: Server) -> str:
@@ -66,6 +69,7 @@ class Holders:
         return [server for server, record in pairs if record.in_flight < server.in_flight_max]
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Fleet:
     """All servers by id, in the order they were named."""
 

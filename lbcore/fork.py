@@ -10,13 +10,25 @@ from collections.abc import Callable, Mapping
 from operator import attrgetter
 from random import Random
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from lbcore import config, provision, records
 from lbcore.balancer import LoadBalancer
-from lbcore.snapshot import CLASSES, ENUMS, PLAIN, VALUES, SnapshotError, fields_of, parts_of, put, state_of, wiring_of
+from lbcore.snapshot import (
+    CLASSES,
+    ENUMS,
+    PLAIN,
+    VALUES,
+    SnapshotError,
+    blank,
+    fields_of,
+    parts_of,
+    put,
+    state_of,
+    wiring_of,
+)
 
-_FROZEN = frozenset(
+_FROZEN: Final = frozenset(
     {*PLAIN, *ENUMS, *VALUES, config.RouteSettings, config.ServerSettings, MappingProxyType} - {provision.Job}
 )
 """What never changes, and refers to nothing that does: both balancers have the same."""
@@ -94,7 +106,7 @@ class _Copier:
             if known is not None:
                 return known
             has = type(existing) is kind
-            made = existing if has else object.__new__(kind)
+            made = existing if has else blank(kind)
             if by_identity:
                 copies[value] = made
             for name, item in zip(names, get(value)):  # noqa: B905  strict takes longer, and there are thousands

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
+from typing import Final
 
 from lbcore.config import HealthSettings, ProbeSettings
 from lbcore.events import Reason
 from lbcore.schema import SECOND_NS
 
-ALIVE_FROM = 1.0
+ALIVE_FROM: Final = 1.0
 """A server whose health is below this is dead; a revived one starts here."""
 
-FAILING_NS = SECOND_NS
+FAILING_NS: Final = SECOND_NS
 """How long others go first after a server has failed a request; doubles with each further failure, 16 times at most."""
 
-_FAILURES_MAX = 4
+_FAILURES_MAX: Final = 4
 
-_BREAKS_MAX = 5  # the pause of an unreliable, or dead, server doubles this often at most: 32 times the first
+_BREAKS_MAX: Final = 5  # the pause of an unreliable, or dead, server doubles this often at most: 32 times the first
 
 
 class Blame(Enum):
@@ -28,7 +29,7 @@ class Blame(Enum):
     AT_ONCE = "a failure"
 
 
-BLAME: Mapping[Reason, Blame] = {
+BLAME: Final[Mapping[Reason, Blame]] = {
     Reason.CONNECT_REFUSED: Blame.AT_ONCE,
     Reason.CONNECT_FAILED: Blame.AT_ONCE,
     Reason.CONNECT_TIMEOUT: Blame.AT_ONCE,
@@ -54,18 +55,18 @@ BLAME: Mapping[Reason, Blame] = {
     Reason.STALLED: Blame.NONE,
 }
 
-SETS_BACK = frozenset({reason for reason, blame in BLAME.items() if blame is not Blame.NONE} | {Reason.BUSY})
+SETS_BACK: Final = frozenset({reason for reason, blame in BLAME.items() if blame is not Blame.NONE} | {Reason.BUSY})
 """Failures after which others go first for a while, whoever is to blame: asking there again at once is in vain.
 
 A server that fails at once is idle, and would draw every request.
 """
 
-TIMEOUTS = frozenset(
+TIMEOUTS: Final = frozenset(
     {Reason.CONNECT_TIMEOUT, Reason.FIRST_TOKEN_TIMEOUT, Reason.SILENCE_TIMEOUT, Reason.ANSWER_TIMEOUT}
 )
 """Failures that make a request end with 504 when there were no others."""
 
-UNSENT = frozenset(
+UNSENT: Final = frozenset(
     {
         Reason.CONNECT_REFUSED,
         Reason.CONNECT_FAILED,
@@ -76,7 +77,7 @@ UNSENT = frozenset(
 )
 """Failures before anything of the request was sent: even one whose body is not held may be sent elsewhere."""
 
-UNDONE = UNSENT | {Reason.ELSEWHERE, Reason.MODEL_NOT_FOUND, Reason.BUSY}
+UNDONE: Final = UNSENT | {Reason.ELSEWHERE, Reason.MODEL_NOT_FOUND, Reason.BUSY}
 """Failures after which the server has surely done nothing: even a request that changes something may be sent again."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from lbcore.admission import AdmissionQueue, RetryBudget
 from lbcore.commands import AttemptKind, CancelAttempt, Command, Decision, RecordDecision, StartAttempt, UseModel
 from lbcore.config import Config
@@ -22,17 +24,24 @@ from lbcore.states import (
 from lbcore.timers import TimerKind, Timers
 
 # Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
-_RACER, _HEDGE, _RETRY = AttemptKind.RACER, AttemptKind.HEDGE, AttemptKind.RETRY
-_QUEUED, _RELAYING = RequestState.QUEUED, RequestState.RELAYING
-_START, _COMMIT = RequestInput.START, RequestInput.COMMIT
-_CHOOSE, _CANCEL = AttemptInput.COMMIT, AttemptInput.CANCEL
-_RELIABLE = Reliability.RELIABLE
-_DRAINING = ServerState.DRAINING
-_CANCELLED = Decision.CANCELLED
-_ATTEMPT_TIMER, _HEDGE_TIMER, _MEASURE_TIMER = TimerKind.ATTEMPT, TimerKind.HEDGE, TimerKind.MEASURE
-_QUEUE_TIMER = TimerKind.QUEUE
+_RACER: Final = AttemptKind.RACER
+_HEDGE: Final = AttemptKind.HEDGE
+_RETRY: Final = AttemptKind.RETRY
+_QUEUED: Final = RequestState.QUEUED
+_RELAYING: Final = RequestState.RELAYING
+_START: Final = RequestInput.START
+_COMMIT: Final = RequestInput.COMMIT
+_CHOOSE: Final = AttemptInput.COMMIT
+_CANCEL: Final = AttemptInput.CANCEL
+_RELIABLE: Final = Reliability.RELIABLE
+_DRAINING: Final = ServerState.DRAINING
+_CANCELLED: Final = Decision.CANCELLED
+_ATTEMPT_TIMER: Final = TimerKind.ATTEMPT
+_HEDGE_TIMER: Final = TimerKind.HEDGE
+_MEASURE_TIMER: Final = TimerKind.MEASURE
+_QUEUE_TIMER: Final = TimerKind.QUEUE
 
-_new = tuple.__new__  # of the named tuples below: their own constructors take twice as long
+_new: Final = tuple.__new__  # of the named tuples below: their own constructors take twice as long
 
 
 class Ledger:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from operator import attrgetter
-from typing import Any
+from typing import Any, Final
 
 from lbcore import commands, events
 from lbcore.commands import AbortRequest, Command, RecordDecision, RejectRequest
@@ -20,10 +20,10 @@ from lbcore.events import ActiveModel, Event, ModelInfo, Reason
 from lbcore.ollama import RequestKind
 from lbcore.redaction import cut_detail, cut_text
 
-dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+dumps: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 """Writes values of JSON as the log has them."""
 
-EVENT_CODES: Mapping[type, str] = {
+EVENT_CODES: Final[Mapping[type, str]] = {
     events.RequestArrived: "arrived",
     events.DownstreamClosed: "closed",
     events.AttemptConnected: "connected",
@@ -41,7 +41,7 @@ EVENT_CODES: Mapping[type, str] = {
     events.SyncRequested: "sync",
     events.DrainDeadlinePassed: "drain",
 }
-COMMAND_CODES: Mapping[type, str] = {
+COMMAND_CODES: Final[Mapping[type, str]] = {
     commands.StartAttempt: "start",
     commands.UseModel: "use",
     commands.CancelAttempt: "cancel",
@@ -58,8 +58,8 @@ COMMAND_CODES: Mapping[type, str] = {
     commands.ForgetServer: "forget",
     commands.RecordDecision: "decision",
 }
-EVENT_OF = {code: cls for cls, code in EVENT_CODES.items()}
-COMMAND_OF = {code: cls for cls, code in COMMAND_CODES.items()}
+EVENT_OF: Final = {code: cls for cls, code in EVENT_CODES.items()}
+COMMAND_OF: Final = {code: cls for cls, code in COMMAND_CODES.items()}
 
 Chunks = Sequence[Sequence[Any]]
 """For each attempt: its id, bytes, tokens, the time of the last of them, paused or None."""
@@ -84,8 +84,8 @@ def _getter(cls: type) -> Callable[[Any], tuple[Any, ...]]:
     return one if len(names) > 1 else lambda thing: (one(thing),)
 
 
-_EVENT_FIELDS = {cls: (code, _getter(cls)) for cls, code in EVENT_CODES.items()}
-_COMMAND_FIELDS = {cls: (code, _getter(cls)) for cls, code in COMMAND_CODES.items() if cls is not RecordDecision}
+_EVENT_FIELDS: Final = {cls: (code, _getter(cls)) for cls, code in EVENT_CODES.items()}
+_COMMAND_FIELDS: Final = {cls: (code, _getter(cls)) for cls, code in COMMAND_CODES.items() if cls is not RecordDecision}
 
 
 def as_array(command: Command) -> tuple[Any, ...]:
@@ -106,7 +106,7 @@ def _decision(command: RecordDecision) -> str:
     return f'["decision",{quoted(decision)},{request_id},{server},{why},{before},{after},{took_ns},[{listed}]]'
 
 
-_COMMAND_WRITERS: Mapping[type, Callable[[Any], str]] = {
+_COMMAND_WRITERS: Final[Mapping[type, Callable[[Any], str]]] = {
     **{cls: lambda command: dumps(as_array(command)) for cls in COMMAND_CODES},
     commands.StartAttempt: lambda c: f'["start",{c.request_id},{c.attempt_id},{c.server_id},{quoted(c.kind)}]',
     commands.CancelAttempt: lambda c: f'["cancel",{c.attempt_id},{quoted(c.reason)}]',
@@ -119,7 +119,7 @@ def _of_attempt(code: str) -> Callable[[Any], str]:
     return lambda event: f'["{code}",{event.attempt_id}]'
 
 
-_BOOL = {True: "true", False: "false"}
+_BOOL: Final = {True: "true", False: "false"}
 
 
 def _arrived(event: events.RequestArrived) -> str:
@@ -129,7 +129,7 @@ def _arrived(event: events.RequestArrived) -> str:
     return f'["arrived",{event.request_id},{what},{dumps(event.servers) if event.servers else "[]"}]'
 
 
-_EVENT_WRITERS: Mapping[type, Callable[[Any], str]] = {
+_EVENT_WRITERS: Final[Mapping[type, Callable[[Any], str]]] = {
     events.RequestArrived: _arrived,
     events.AttemptConnected: _of_attempt("connected"),
     events.HeadReceived: lambda event: f'["head",{event.attempt_id},{event.status}]',

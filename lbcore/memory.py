@@ -21,6 +21,7 @@ from typing import NamedTuple
 from lbcore import snapshot
 from lbcore.balancer import LoadBalancer
 from lbcore.commands import Command, RecordDecision, StartAttempt
+from lbcore.compiling import mypyc_attr
 from lbcore.events import (
     ActiveModel,
     AttemptConnected,
@@ -94,6 +95,7 @@ class Excerpt(NamedTuple):
     lines: Iterator[str]
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Memory(Witness):
     """Stands in for a balancer, or a witness of one, and keeps what it did.
 

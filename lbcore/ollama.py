@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 from lbcore.config import RaceSettings, RouteSettings, Strategy
 
@@ -137,10 +137,10 @@ ROUTES: tuple[Route, ...] = (
 )
 """The routes that have settings of their own; every other path is `PASS_THROUGH`."""
 
-PASS_THROUGH = Route("*", (), Strategy.SEQUENTIAL, _ONE, needs_model=False)
+PASS_THROUGH: Final = Route("*", (), Strategy.SEQUENTIAL, _ONE, needs_model=False)
 
-_BY_PATH: Mapping[str, Route] = {route.name: route for route in ROUTES}
-_BY_PARENT: Mapping[str, Route] = {
+_BY_PATH: Final[Mapping[str, Route]] = {route.name: route for route in ROUTES}
+_BY_PARENT: Final[Mapping[str, Route]] = {
     parent: route for route in ROUTES for parent, colon, _ in (route.name.partition(":"),) if colon
 }
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
+from typing import Final
 
 from lbcore import selection
 from lbcore.admission import RaceBudget
+from lbcore.compiling import mypyc_attr
 from lbcore.config import Config, Strategy
 from lbcore.events import Reason
 from lbcore.fleet import Fleet
@@ -17,11 +19,12 @@ from lbcore.ollama import RequestKind, find_route
 from lbcore.records import Request, Server
 from lbcore.states import Reliability, ServerState
 
-_MANY = frozenset({Strategy.RACE, Strategy.HEDGE})
-_GENERATE = RequestKind.GENERATE  # bound once: a look-up in the enum's class costs more than what it is used for
-_RELIABLE = Reliability.RELIABLE
+_MANY: Final = frozenset({Strategy.RACE, Strategy.HEDGE})
+_GENERATE: Final = RequestKind.GENERATE  # bound once: a look-up in the enum's class costs more than what it is used for
+_RELIABLE: Final = Reliability.RELIABLE
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Placement:
     """Chooses servers for attempts."""
 

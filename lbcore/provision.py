@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from lbcore.commands import CancelJob, Command, Decision, RecordDecision, StartJob, Work
 from lbcore.config import Config, ModelSettings
@@ -22,10 +23,10 @@ from lbcore.schema import SECOND_NS
 from lbcore.states import ServerState
 from lbcore.timers import TimerKind, Timers
 
-REVIEW_NS = 5 * SECOND_NS
+REVIEW_NS: Final = 5 * SECOND_NS
 """How often is looked at what is to be done, beside whenever a server was read."""
 
-_HEALTHY = ServerState.HEALTHY
+_HEALTHY: Final = ServerState.HEALTHY
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from lbcore.config import RaceSettings, Winner
 from lbcore.events import Reason
@@ -12,10 +13,12 @@ from lbcore.records import Attempt, Failure, ModelStats, Request
 from lbcore.states import AttemptState, Reliability
 
 # Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
-_STREAMING, _SUCCEEDED = AttemptState.STREAMING, AttemptState.SUCCEEDED
-_ANSWERING = (_STREAMING, _SUCCEEDED)
-_UNRELIABLE = Reliability.UNRELIABLE
-_FIRST_TOKEN, _MOST_TOKENS = Winner.FIRST_TOKEN, Winner.MOST_TOKENS
+_STREAMING: Final = AttemptState.STREAMING
+_SUCCEEDED: Final = AttemptState.SUCCEEDED
+_ANSWERING: Final = (_STREAMING, _SUCCEEDED)
+_UNRELIABLE: Final = Reliability.UNRELIABLE
+_FIRST_TOKEN: Final = Winner.FIRST_TOKEN
+_MOST_TOKENS: Final = Winner.MOST_TOKENS
 
 
 def winner_now(request: Request, *, window_over: bool = False) -> Attempt | None:

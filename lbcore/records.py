@@ -4,31 +4,33 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Final
 
 from lbcore.commands import AttemptKind
+from lbcore.compiling import mypyc_attr
 from lbcore.config import Alias, RouteSettings, ServerSettings, Winner
 from lbcore.events import ActiveModel, ModelInfo, Reason, RequestArrived
 from lbcore.ollama import canonical_model
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.states import ATTEMPT_ENDS, AttemptState, Reliability, RequestState, ServerState
 
-TTFT_UNKNOWN_NS = 500 * MS_NS
+TTFT_UNKNOWN_NS: Final = 500 * MS_NS
 """First-token time assumed of a model nobody has used yet; only its ratio to the two below matters."""
-LOAD_UNKNOWN_NS = 10 * SECOND_NS
+LOAD_UNKNOWN_NS: Final = 10 * SECOND_NS
 """Load time assumed before one was seen: a few GB from an SSD."""
-SERVICE_UNKNOWN_NS = 5 * SECOND_NS
+SERVICE_UNKNOWN_NS: Final = 5 * SECOND_NS
 """Time a slot is taken by one request, assumed before one was seen."""
 
 # Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
-_CONNECTING = AttemptState.CONNECTING
-_QUEUED = RequestState.QUEUED
-_HEALTHY = ServerState.HEALTHY
-_FIRST_FINISH = Winner.FIRST_FINISH
+_CONNECTING: Final = AttemptState.CONNECTING
+_QUEUED: Final = RequestState.QUEUED
+_HEALTHY: Final = ServerState.HEALTHY
+_FIRST_FINISH: Final = Winner.FIRST_FINISH
 
-_SMOOTHING = 0.3
-_MEDIAN_OF = 5
-_RECENT = 100
-_RECOMPUTE_EVERY = 8
+_SMOOTHING: Final = 0.3
+_MEDIAN_OF: Final = 5
+_RECENT: Final = 100
+_RECOMPUTE_EVERY: Final = 8
 
 
 def smooth(old: float | None, sample: float) -> float:
@@ -36,6 +38,7 @@ def smooth(old: float | None, sample: float) -> float:
     return sample if old is None else old + _SMOOTHING * (sample - old)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Quantile:
     """The p95 of the last 100 samples, recomputed every 8th."""
 
@@ -69,6 +72,7 @@ class ModelStats:
     answer: Quantile = field(default_factory=Quantile)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class ServerModel:
     """One model on one server: what is on disk and loaded, our requests to it, and how fast it is."""
 
@@ -129,6 +133,7 @@ class ServerModel:
         self.seen_ns = now_ns
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Server:
     """One Ollama server."""
 
@@ -215,6 +220,7 @@ class Server:
         return record
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Attempt:
     """One try to get a request answered by one server."""
 
@@ -306,6 +312,7 @@ class Failure:
         return f"{self.reason}{status}{': ' if detail else ''}{detail}"
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class AliasUse:
     """How far a request for an alias has come on its chain."""
 
@@ -323,6 +330,7 @@ class AliasUse:
         return f"<AliasUse {self.asked} as {self.name}, given up {self.given_up}>"
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Request:
     """One request of a client."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Final
 
 from lbcore import aliases, race, selection
 from lbcore.broadcast import Broadcast
@@ -28,27 +29,30 @@ from lbcore.states import RequestInput, RequestState, ServerState
 from lbcore.timers import TimerKind, Timers
 
 # Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
-_GENERATE, _LOAD, _UNLOAD = RequestKind.GENERATE, RequestKind.LOAD, RequestKind.UNLOAD
-_PRIMARY, _RACER = AttemptKind.PRIMARY, AttemptKind.RACER
-_STARTED = Decision.STARTED
-_BROADCAST = Strategy.BROADCAST
-_RACING = RequestState.RACING
-_HEDGE_TIMER = TimerKind.HEDGE
+_GENERATE: Final = RequestKind.GENERATE
+_LOAD: Final = RequestKind.LOAD
+_UNLOAD: Final = RequestKind.UNLOAD
+_PRIMARY: Final = AttemptKind.PRIMARY
+_RACER: Final = AttemptKind.RACER
+_STARTED: Final = Decision.STARTED
+_BROADCAST: Final = Strategy.BROADCAST
+_RACING: Final = RequestState.RACING
+_HEDGE_TIMER: Final = TimerKind.HEDGE
 
-_NAMES_MAX = 1024
-_SHOWN_CHARS_MAX = 100
-_canonical = lru_cache(_NAMES_MAX)(canonical_model)  # clients name few models, and each again and again
+_NAMES_MAX: Final = 1024
+_SHOWN_CHARS_MAX: Final = 100
+_canonical: Final = lru_cache(_NAMES_MAX)(canonical_model)  # clients name few models, and each again and again
 
-SYNC_FRESH_NS = SECOND_NS
+SYNC_FRESH_NS: Final = SECOND_NS
 """A model nobody is known to have is asked for anew unless the servers were read this recently."""
 
-HEDGE_AGAIN_MAX_NS = SECOND_NS
+HEDGE_AGAIN_MAX_NS: Final = SECOND_NS
 """Where there was nobody to hedge to, that is looked at anew this often, or after each hedge delay if it is longer."""
 
-PIN_HEADER = "X-Ollama-LB-Server"
+PIN_HEADER: Final = "X-Ollama-LB-Server"
 """The header in which a client names the servers that it wants to be asked."""
 
-SERVER_BUSY = "server busy, please try again.  maximum pending requests exceeded"
+SERVER_BUSY: Final = "server busy, please try again.  maximum pending requests exceeded"
 """Ollama's own words (capture: chat_server_busy)."""
 
 

@@ -11,12 +11,12 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from lbcore.units import format_duration, format_size
 
-SECOND_NS = 1_000_000_000
-MS_NS = 1_000_000
+SECOND_NS: Final = 1_000_000_000
+MS_NS: Final = 1_000_000
 
 
 class Kind(StrEnum):

@@ -13,18 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from random import Random
-from typing import overload
+from typing import Final, overload
 
 from lbcore.config import Config, Policy
 from lbcore.records import LOAD_UNKNOWN_NS, SERVICE_UNKNOWN_NS, TTFT_UNKNOWN_NS, Request, Server, ServerModel
 from lbcore.states import Reliability
 
-_LAST_RANKS = 1000  # behind all others, in the same order among themselves
-_LOADS = 1 << 40  # more than any load: the rank decides first
-_WEIGHT_MIN = 1e-6  # of a server that has never been alive
-_RELIABLE = Reliability.RELIABLE  # bound once: a look-up in the enum's class costs more than what it is used for
-_SECOND_CHANCE = Reliability.SECOND_CHANCE
-_BY_HEALTH = Policy.HEALTH
+_LAST_RANKS: Final = 1000  # behind all others, in the same order among themselves
+_LOADS: Final = 1 << 40  # more than any load: the rank decides first
+_WEIGHT_MIN: Final = 1e-6  # of a server that has never been alive
+_RELIABLE: Final = Reliability.RELIABLE  # bound once: a look-up in the enum's class costs more than what it is used for
+_SECOND_CHANCE: Final = Reliability.SECOND_CHANCE
+_BY_HEALTH: Final = Policy.HEALTH
 
 
 def eligible(holders: list[Server], request: Request) -> list[Server]:

@@ -18,7 +18,7 @@ from enum import Enum
 from operator import attrgetter
 from random import Random
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from lbcore import commands, config, events, ollama, provision, records, states, timers
 from lbcore.admission import AdmissionQueue, RaceBudget, RetryBudget
@@ -93,7 +93,7 @@ _PARTS = ("timers", "fleet", "ledger", "placement", "provision", "_broadcast", "
 _CACHES = frozenset({("Fleet", "_holders")})
 """(class, attribute) of what fills again by itself."""
 
-PLAIN = frozenset({type(None), bool, int, float, str})
+PLAIN: Final = frozenset({type(None), bool, int, float, str})
 _REDACTED: Mapping[type, Callable[[Any], Any]] = {
     events.ActiveModel: lambda model: dataclasses.replace(model, entry=""),
     events.ModelInfo: lambda model: dataclasses.replace(model, digest="", modified_at="", entry=""),
@@ -106,11 +106,15 @@ def fields_of(cls: type) -> tuple[str, ...]:
     """Return the names of what instances of a class hold, in an order that does not change."""
     if dataclasses.is_dataclass(cls):
         return tuple(field.name for field in dataclasses.fields(cls))
-    return tuple(name for base in reversed(cls.__mro__) for name in vars(base).get("__slots__", ()))
+    names = getattr(cls, "__mypyc_attrs__", None)  # a compiled class has these in the place of its slots
+    if names is None:
+        names = [name for base in cls.__mro__ for name in vars(base).get("__slots__", ())]
+    return tuple(sorted(names))
 
 
-def _attributes(part: object) -> Iterator[tuple[str, Any]]:
-    for name in (*fields_of(type(part)), *getattr(part, "__dict__", ())):
+def attributes(part: object) -> Iterator[tuple[str, Any]]:
+    """Yield all that an object holds, by name, in the order of the names."""
+    for name in sorted({*fields_of(type(part)), *getattr(part, "__dict__", ())}):
         yield name, getattr(part, name)
 
 
@@ -120,7 +124,7 @@ def _is_dispatch_table(value: object) -> bool:
 
 def state_of(part: object, wiring: Iterable[object]) -> Iterator[tuple[str, Any]]:
     """Yield the attributes of a part that are its state: neither other parts, nor functions, nor caches."""
-    for name, value in _attributes(part):
+    for name, value in attributes(part):
         wired = any(value is other for other in wiring) or callable(value) or _is_dispatch_table(value)
         if not wired and (type(part).__name__, name) not in _CACHES:
             yield name, value
@@ -243,7 +247,7 @@ def load(state: Any, placement_type: Callable[[config.Config, Any, Random], Plac
         balancer = LoadBalancer(decoder.decode(state["config"]), Random(0), placement_type)
         parts = state["parts"]
         for name, part in parts_of(balancer):
-            known = dict(_attributes(part))
+            known = dict(attributes(part))
             for key, value in parts[name].items():
                 if key not in known:
                     raise SnapshotError(f"{type(part).__name__} has no {key!r} in this version")
@@ -251,6 +255,11 @@ def load(state: Any, placement_type: Callable[[config.Config, Any, Random], Plac
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise SnapshotError(f"it is no state of a balancer ({type(error).__name__}: {error})") from error
     return balancer
+
+
+def blank(cls: Any) -> Any:
+    """Return an instance of a class that holds nothing yet."""
+    return cls.__new__(cls)  # `object.__new__` makes none of a compiled class
 
 
 def put(owner: object, name: str, value: object) -> None:
@@ -316,20 +325,16 @@ class _Decoder:
 
     def _value(self, body: Any, _: Any) -> object:
         name, fields = body
-        value = self._new(name)
+        value = blank(CLASSES[name])
         self._fill(value, name, fields)
         return value
 
     def _numbered(self, body: Any, existing: Any) -> object:
         name, number, fields = body
-        value = existing if type(existing) is CLASSES[name] else self._new(name)
+        value = existing if type(existing) is CLASSES[name] else blank(CLASSES[name])
         self._objects[number] = value
         self._fill(value, name, fields)
         return value
-
-    def _new(self, name: str) -> Any:
-        cls = CLASSES[name]
-        return object.__new__(cls)
 
     def _fill(self, value: Any, name: str, fields: list[Any]) -> None:
         for key, field in zip(self._fields[name], fields, strict=True):

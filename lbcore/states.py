@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import TypeVar
+from typing import Final, TypeVar
 
 _StateT = TypeVar("_StateT", bound=StrEnum)
 _InputT = TypeVar("_InputT", bound=StrEnum)
@@ -57,8 +57,8 @@ REQUEST_TRANSITIONS: Mapping[tuple[RequestState, RequestInput], RequestState] = 
     (RequestState.RELAYING, RequestInput.ABORT): RequestState.ABORTED,
 }
 
-REQUEST_STEPS = _by_state(REQUEST_TRANSITIONS, RequestState)
-REQUEST_ENDS = frozenset({RequestState.DONE, RequestState.REJECTED, RequestState.FAILED, RequestState.ABORTED})
+REQUEST_STEPS: Final = _by_state(REQUEST_TRANSITIONS, RequestState)
+REQUEST_ENDS: Final = frozenset({RequestState.DONE, RequestState.REJECTED, RequestState.FAILED, RequestState.ABORTED})
 
 
 class AttemptState(StrEnum):
@@ -101,8 +101,8 @@ ATTEMPT_TRANSITIONS: Mapping[tuple[AttemptState, AttemptInput], AttemptState] = 
     **{(state, _I.CANCEL): _A.CANCELLED for state in _LIVE},
 }
 
-ATTEMPT_STEPS = _by_state(ATTEMPT_TRANSITIONS, AttemptState)
-ATTEMPT_ENDS = frozenset({AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.CANCELLED})
+ATTEMPT_STEPS: Final = _by_state(ATTEMPT_TRANSITIONS, AttemptState)
+ATTEMPT_ENDS: Final = frozenset({AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.CANCELLED})
 
 
 class ServerState(StrEnum):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from enum import IntEnum
 from heapq import heapify, heappop, heappush
+from typing import Final
 
-_SLACK = 64
+_SLACK: Final = 64
 """Stale heap entries that are tolerated beyond the number of armed timers before the heap is rebuilt."""
 
 

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from lbcore import __version__, snapshot
 from lbcore.balancer import LoadBalancer
 from lbcore.commands import Command
+from lbcore.compiling import mypyc_attr
 from lbcore.config import Config
 from lbcore.errors import CoreError
 from lbcore.events import Event
@@ -54,6 +55,7 @@ class LogError(CoreError):
 # --- recording ---------------------------------------------------------------------------------------------
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Recorder(Witness):
     """Stands in for a balancer, and writes down every call and what came of it.
 

@@ -8,21 +8,23 @@ of the server, on which the core looks at who waits for a model to be loaded.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 from lbcore import events
 from lbcore.balancer import LoadBalancer
 from lbcore.commands import Command
+from lbcore.compiling import mypyc_attr
 from lbcore.events import Event
 from lbcore.loglines import EVENT_CODES, Chunks, Raised
 from lbcore.records import Request
 from lbcore.timers import TimerKind
 
-_OF_SERVERS = (events.ProbeCompleted, events.ModelsSynced)
-_OF_REQUESTS = (TimerKind.HEDGE, TimerKind.MEASURE)
-_NO_CHUNKS: Chunks = ()
+_OF_SERVERS: Final = (events.ProbeCompleted, events.ModelsSynced)
+_OF_REQUESTS: Final = (TimerKind.HEDGE, TimerKind.MEASURE)
+_NO_CHUNKS: Final[Chunks] = ()
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Witness(LoadBalancer):
     """A balancer, or another witness, with somebody who looks on: `note` gets each call.
 

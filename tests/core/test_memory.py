@@ -261,8 +261,8 @@ def test_a_defect_of_the_core_is_kept_too() -> None:
 
 def test_it_shows_all_that_a_balancer_shows() -> None:
     book, memory = with_memory()
-    parts = {name: part for name, part in vars(memory.plain).items() if not name.startswith("_")}
-    assert {name: vars(memory).get(name) for name in parts} == parts
+    parts = {name: part for name, part in snapshot.attributes(memory.plain) if not name.startswith("_")}
+    assert {name: getattr(memory, name) for name in parts} == parts
     assert book.balancer is memory
 
 
@@ -373,7 +373,7 @@ def test_listings_that_stay_the_same_are_kept_once() -> None:
 def test_a_state_of_a_new_kind_is_a_defect_and_serving_goes_on() -> None:
     book, memory = with_memory("a", routes=ALONE)
     serve(book, 1)
-    book.balancer.fleet.stranger = object()  # type: ignore[attr-defined]
+    book.balancer.fleet.stats["stranger"] = object()  # type: ignore[assignment]
     for request_id in range(2, 30):
         serve(book, request_id)
     assert "object" in memory.defect
