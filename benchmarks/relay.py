@@ -3,7 +3,8 @@
 cpu: 200 streams of 100 tokens, 20 ms apart, against one server address and against four (then ollama-lb races). All
 CPU time of a run over its tokens; what one more token costs, from the part of the run in which all streams are open and
 none begins or ends; and what a chat of one token costs, 200 a second. Programs take turns; ratios are to nginx with as
-many addresses in the same repetition.
+many addresses in the same repetition. `tokens a read`: a program that is late, on a busy machine, relays several tokens
+at once, which costs it less for each; where that is far from nginx's, the machine is measured.
 
 times: see benchmarks/relay_times.py.
 """
@@ -43,6 +44,7 @@ class Cost:
     chats_cpu_us: float
     chats: int
     complete: int
+    reads: int = 0  # in which the client got the tokens
     problems: tuple[str, ...] = ()
 
     @property
@@ -121,6 +123,7 @@ def cost(port: int, pid: int, servers: Talker, n_streams: int, n_tokens: int, se
         chats_cpu_us=(cpu_ns(pid) - after) / 1000,
         chats=chats.complete,
         complete=streams.complete,
+        reads=streams.reads,
         problems=tuple(sorted({*streams.problems, *chats.problems})[:3]),
     )
 
@@ -131,7 +134,7 @@ def report_of(found: Sequence[Contender], costs: dict[str, list[Cost]], n_stream
     columns: tuple[str, ...] = ("program",)
     for word in _FIGURES.values():
         columns += (word, "x nginx")
-    report = Report("relay", title, (*columns, "whole"))
+    report = Report("relay", title, (*columns, "tokens a read", "whole"))
     for each in found:
         name, got, peer = each.name, costs[each.name], costs.get(each.peer, [])
         row = [name]
@@ -144,6 +147,7 @@ def report_of(found: Sequence[Contender], costs: dict[str, list[Cost]], n_stream
                 report.figures[f"{name}: {word}, to nginx"] = Figure(to_nginx, "x")
                 if figure == "whole_us":
                     report.bars[f"{name}: {word} <= {CPU_BAR:g} x nginx"] = median(to_nginx) <= CPU_BAR
+        row.append(spread([one.tokens / one.reads for one in got if one.reads], 2))
         report.rows.append((*row, f"{sum(one.complete for one in got)}/{n_streams * len(got)}"))
         report.bars[f"{name}: all streams come whole"] = all(one.complete == n_streams for one in got)
         report.notes += [f"{name}: {problem}" for one in got for problem in one.problems]

@@ -68,6 +68,7 @@ class Seen:
     ttft_ms: list[float] = field(default_factory=list)  # from then to the first byte; only of those that got one
     total_ms: list[float] = field(default_factory=list)
     tokens: int = 0
+    reads: int = 0  # in which they came; fewer than tokens when somebody was late
     complete: int = 0
     problems: list[str] = field(default_factory=list)
     gaps_ms: list[float] = field(default_factory=list)  # between two tokens of a stream
@@ -108,6 +109,7 @@ class _Stream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Count."""
+        self._seen.reads += 1
         self._braces += data.count(b"}")
         if not self._first_ns:
             self._first_ns = time.monotonic_ns()

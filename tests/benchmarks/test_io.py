@@ -67,6 +67,7 @@ def test_the_client_counts_what_the_servers_have_sent() -> None:
     assert (seen.complete, seen.tokens, seen.problems) == (3, 9, [])
     assert (stats["chats"], stats["tokens"], stats["complete"]) == (3, 9, 3)
     assert (len(seen.ttft_ms), len(seen.late_ms), len(seen.total_ms)) == (3, 3, 3)
+    assert 3 <= seen.reads <= 3 * 5
     assert (len(seen.gaps_ms), len(seen.transit_ms)) == (3 * 3, 3 * 4)  # the last line has a moment as well
 
 
