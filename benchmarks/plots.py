@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.kit import RESULTS, median
 
+_DECADES = 3  # more than this from the least to the greatest: on a logarithmic axis
 NO_MATPLOTLIB = "matplotlib is not installed: no plots (pip install 'ollama-lb[plot]')"
 _COLOURS = {"ollama-lb": "#1b6ca8", "nginx": "#2e8b57", "haproxy": "#c8553d", "direct": "#808080"}
 _LIGHT = {"nginx with access_log": "#8fc7a5", "ollama-lb, races": "#86b5d9"}
@@ -41,23 +42,17 @@ def bars(axes: Any, groups: Mapping[str, Mapping[str, Sequence[float]]], unit: s
     """Draw a group of bars for each key, a bar for each program in it."""
     programs = list(dict.fromkeys(program for group in groups.values() for program in group))
     width = 0.8 / len(programs)
-    for index, program in enumerate(programs):
+    for program in programs:
         places, heights, below, above = [], [], [], []
         for place, group in enumerate(groups.values()):
             if values := group.get(program):
-                places.append(place + (index - (len(programs) - 1) / 2) * width)
+                there = [name for name in programs if group.get(name)]
+                places.append(place + (there.index(program) - (len(there) - 1) / 2) * width)
                 heights.append(median(values))
                 below.append(median(values) - min(values))
                 above.append(max(values) - median(values))
-        axes.bar(
-            places,
-            heights,
-            width * 0.92,
-            yerr=[below, above],
-            capsize=2 * any(above),
-            color=colour(program),
-            label=program,
-        )
+        whiskers = [below, above] if any(below) or any(above) else None
+        axes.bar(places, heights, width * 0.92, yerr=whiskers, capsize=2, color=colour(program), label=program)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel(unit)
     axes.grid(axis="y", alpha=0.3)
@@ -91,13 +86,20 @@ def _steady(run: dict[str, float]) -> float:
 
 
 def _relay_times(figure: Any, data: dict[str, Any]) -> None:
+    from matplotlib.ticker import LogLocator  # noqa: PLC0415
+
     by_crowd = grouped(data, by_last=False)
     for axes, (crowd, programs) in zip(figure.subplots(1, len(by_crowd)), by_crowd.items(), strict=True):
         for name, found in programs.items():
             _distribution(axes, found["ttft_ms"], name)
-        axes.set_title(f"{crowd} streams", fontsize=10)
-        axes.set_xlabel("time to first token, ms (log)")
-        axes.set_xscale("log")
+        axes.set_title(f"streams: {crowd}", fontsize=10)
+        axes.set_xlabel("time to first token, ms")
+        times = [value for found in programs.values() for value in found["ttft_ms"]]
+        if max(times) > _DECADES * min(times):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_minor_formatter("")
     figure.axes[0].set_ylabel("share of the streams that had it")
     figure.axes[0].legend(frameon=False)
 
