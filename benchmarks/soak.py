@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import shutil
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -45,7 +46,7 @@ from benchmarks.soak_plot import draw
 from benchmarks.soak_watch import OFF, WARM_UP, Sample, Span, Verdict, growth, log_of, plan, sample, verdict
 
 MINUTES, QUICK_S = 10.0, 40.0
-RATE = 15.0
+RATE = 30.0  # so that what is kept of the last 1,500 requests has filled long before the warm-up ends
 EVERY_S = 5.0
 N_SERVERS = 4
 GROWTH_BAR = 0.02
@@ -54,7 +55,7 @@ SAMPLE_S = 1.0
 PROGRESS_S = 5.0
 _SETTLE_S = 45.0  # idle connections to servers are closed after 10 s, and looked for every 5 s
 _POOL = '[pool]\nidle_timeout = "10s"'
-_SLOTS = 4
+_SLOTS = 8
 _LOST_SHOWN = 50
 
 _MODELS = [{"name": "llama3.2"}, {"name": "embedder", "capabilities": ["embedding"], "embedding_length": 64}]
@@ -66,6 +67,7 @@ class Servers:
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._fleet = stack.enter_context(fake_fleet([{**_SPEC, "name": f"s{i}"} for i in range(N_SERVERS - 1)]))
+        self._turn = threading.Lock()  # one talks to the fleet at a time
         self._last = stack.enter_context(contextlib.ExitStack())
         self._last_port = 0
         self._start_last()
@@ -86,14 +88,18 @@ class Servers:
         if kind == OFF:
             self._last.close()
         else:
-            self._fleet.set_fault(server, kind)
+            self._tell(server, kind)
 
     def end(self, server: int, kind: str) -> None:
         """Heal it; return when it is there again."""
         if kind == OFF:
             self._start_last()
         else:
-            self._fleet.set_fault(server, None)
+            self._tell(server, None)
+
+    def _tell(self, server: int, kind: str | None) -> None:
+        with self._turn:
+            self._fleet.set_fault(server, kind)
 
 
 def _steady_port() -> int:

@@ -55,7 +55,7 @@ _GENERATE = {"model": "llama3.2", "prompt": _PROMPT, "options": {"num_predict": 
 
 KINDS: tuple[Kind, ...] = (
     Kind("chat", 30, "POST", "/api/chat", _chat(40), **_NATIVE),
-    Kind("long chat", 3, "POST", "/api/chat", _chat(800), **_NATIVE),
+    Kind("long chat", 2, "POST", "/api/chat", _chat(800), **_NATIVE),
     Kind("chat, whole", 8, "POST", "/api/chat", _chat(20, stream=False)),
     Kind("generate", 10, "POST", "/api/generate", _GENERATE, **_NATIVE),
     Kind("v1 chat", 10, "POST", "/v1/chat/completions", {**_V1_CHAT, "stream": True}, **_V1),

@@ -16,6 +16,7 @@ from benchmarks.soak_load import Kind, Outcome
 WARM_UP = 0.2  # of the time, in which what is kept of the last requests fills, and caches do
 WINDOW = 0.2  # of the time after it: its first and its last part are compared
 OFF = "off"  # the server's process is ended, and started again
+START_S = 2.5  # what that takes on a busy machine, and is part of the fault
 
 BREAKING = frozenset(
     {OFF, "refuse", "cut-midstream", "stall-midstream", "end-midstream", "error-midstream"}
@@ -105,7 +106,8 @@ def plan(seconds: float, every_s: float, n_servers: int) -> list[Plan]:
     for index in range(int(seconds / every_s) - 2):
         kind = ROTATION[index % len(ROTATION)]
         server = n_servers - 1 if kind == OFF else index % (n_servers - 1)
-        plans.append(Plan(server, kind, index * every_s, every_s * (1 + index % 2)))
+        lasts_s = every_s * (1 + index % 2) - (START_S if kind == OFF else 0.0)
+        plans.append(Plan(server, kind, index * every_s, lasts_s))
     return plans
 
 
