@@ -4,27 +4,37 @@ A day's work in small is recorded first: streamed chats arrive (Poisson), are ra
 fail, some clients leave, servers are probed. The core is deterministic, so the very same calls can then be replayed
 to a fresh balancer, and only that replay is timed.
 
+Plain Python is measured, and by turns the core compiled by mypyc, if that is there (`--compiled` has it made; see
+`benchmarks.compiled`); each in a process of its own.
+
 An *event* is one `handle(event)`, or one `handle_timeout()` at a due deadline. Both times include what the driver
 does after each: `next_deadline()`. `note_chunk`, one call per token, is no event and is timed apart.
 """
 
 from __future__ import annotations
 
+import argparse
 import cProfile
 import gc
 import heapq
 import io
+import json
 import pstats
+import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from random import Random
 from typing import Any
 
-from benchmarks.kit import MS_NS, NS_PER_S, Report, finish, median, parser, spread
-from lbcore import events
+from benchmarks import compiled
+from benchmarks.kit import MS_NS, NS_PER_S, Figure, Report, ended, finish, median, parser, ratios, spread
+from lbcore import events, is_compiled
 from lbcore.balancer import LoadBalancer
 from lbcore.commands import CancelAttempt, Command, CommitAttempt, StartAttempt, StartProbe
 from lbcore.config import Config, RaceSettings, ServerSettings
@@ -37,7 +47,13 @@ TOKEN_NS = 5 * MS_NS
 UTILISATION = 0.15  # of the slots, by the answers alone; racers come on top
 LEAVES = 0.01  # share of clients that leave
 FAILS = 0.01  # share of attempts that fail before their first token, and as many mid-stream
-BAR = 100_000.0
+BARS: Mapping[tuple[str, int], float] = {
+    ("pure", 4): 100_000.0,
+    ("pure", 8): 100_000.0,
+    ("pure", 100): 100_000.0,
+    ("compiled", 8): 200_000.0,
+}
+"""Events/s by core and number of servers."""
 
 _PROBE_MODELS = tuple(
     events.ModelInfo(name, f"sha-{name}", "2026-01-01T00:00:00Z", f'{{"name":"{name}"}}')
@@ -178,33 +194,103 @@ def _note_chunk_ns(n_servers: int) -> float:
     return max(0, timed(note_chunk) - empty // 2) / (len(rounds) * len(attempts))
 
 
-def run(*, fleets: tuple[int, ...] = (4, 8, 100), n_events: int = 200_000, repeats: int = 7) -> Report:
-    """Measure."""
-    columns = ("servers", "events/s median (min-max)", "µs/event", "events/request", "commands/event", "note_chunk ns")
+class Measured:
+    """A process that measures one of the two cores, again each time it is asked."""
+
+    def __init__(self, core: Path | None, n_servers: int, n_events: int) -> None:
+        command = [sys.executable, "-P", "-m", "benchmarks.core", "--measure", str(n_servers), str(n_events)]
+        self.process = subprocess.Popen(
+            command, env=compiled.environment(core), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.recorded: dict[str, Any] = self._answer()
+        self.runs: list[dict[str, Any]] = []
+
+    def _answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline() if self.process.stdout is not None else ""
+        if not line:
+            raise RuntimeError("the measuring process has ended")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def again(self) -> None:
+        """Measure once more."""
+        if self.process.stdin is None:
+            raise RuntimeError("the measuring process has no pipe")
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.runs.append(self._answer())
+
+    def all(self, name: str) -> list[float]:
+        """Return one figure of all runs."""
+        return [run[name] for run in self.runs]
+
+
+def _measure(n_servers: int, n_events: int) -> None:
+    """Be such a process."""
+    recorder = Recorder(n_servers)
+    calls = recorder.record(n_events)
+    print(json.dumps({"compiled": is_compiled(), "n_calls": len(calls), "mix": dict(recorder.kinds)}), flush=True)
+    for _ in sys.stdin:
+        rate, n_commands = _events_per_s(n_servers, calls)
+        found = {"events_per_s": rate, "n_commands": n_commands, "note_chunk_ns": _note_chunk_ns(n_servers)}
+        print(json.dumps(found), flush=True)
+
+
+def run(
+    *, fleets: tuple[int, ...] = (4, 8, 100), n_events: int = 200_000, repeats: int = 7, core: Path | None = None
+) -> Report:
+    """Measure plain Python, and a compiled core if there is one: `core` is where."""
+    columns = (
+        "servers", "core", "events/s median (min-max)", "µs/event", "events/request", "commands/event", "note_chunk ns",
+    )  # fmt: skip
     report = Report("core", "core: events/s of LoadBalancer on one core", columns)
+    core = core or compiled.found()
+    cores = {"pure": None} if core is None else {"pure": None, "compiled": core}
     for n_servers in fleets:
-        recorder = Recorder(n_servers)
-        calls = recorder.record(n_events)
-        runs = [_events_per_s(n_servers, calls) for _ in range(repeats)]
-        rates = [rate for rate, _ in runs]
-        chunk_ns = [_note_chunk_ns(n_servers) for _ in range(3)]
-        n_requests = recorder.kinds["RequestArrived"]
+        with ExitStack() as stack:
+            measured = {name: Measured(where, n_servers, n_events) for name, where in cores.items()}
+            for each in measured.values():
+                stack.enter_context(ended(each.process))
+            for _ in range(repeats):
+                for each in measured.values():
+                    each.again()
+        _tell(report, n_servers, measured)
+    report.notes.append("CPU time of a process; an event: handle() or a due handle_timeout(), next_deadline() after")
+    if core is None:
+        report.notes.append("the compiled core was not measured: python -m benchmarks.core --compiled")
+    return report
+
+
+def _tell(report: Report, n_servers: int, measured: dict[str, Measured]) -> None:
+    """Add what was measured of the cores with so many servers."""
+    told = report.data[str(n_servers)] = {}
+    for core, each in measured.items():
+        if each.recorded["compiled"] != (core == "compiled"):
+            raise RuntimeError(f"this is not the {core} core")
+        rates, n_calls, mix = each.all("events_per_s"), each.recorded["n_calls"], each.recorded["mix"]
+        told[core] = {"events_per_s": rates, "note_chunk_ns": each.all("note_chunk_ns"), "mix": mix}
         report.rows.append(
             (
                 str(n_servers),
+                core,
                 spread(rates, 0),
                 f"{1e6 / median(rates):.2f}",
-                f"{len(calls) / n_requests:.2f}",
-                f"{runs[0][1] / len(calls):.2f}",
-                f"{median(chunk_ns):.0f}",
+                f"{n_calls / mix['RequestArrived']:.2f}",
+                f"{each.runs[0]['n_commands'] / n_calls:.2f}",
+                f"{median(each.all('note_chunk_ns')):.0f}",
             )
         )
-        report.bars[f"{n_servers} servers: >= {BAR:,.0f} events/s"] = median(rates) >= BAR
-        report.data[str(n_servers)] = {"events_per_s": rates, "note_chunk_ns": chunk_ns, "mix": dict(recorder.kinds)}
-        mix = ", ".join(f"{kind} {count / len(calls):.1%}" for kind, count in recorder.kinds.most_common())
-        report.notes.append(f"{n_servers} servers, mix: {mix}")
-    report.notes.append("CPU time of this process; an event: handle() or a due handle_timeout(), next_deadline() after")
-    return report
+        named = f"{core} core, {n_servers} servers"
+        if (bar := BARS.get((core, n_servers))) is not None:
+            report.bars[f"{named}: >= {bar:,.0f} events/s"] = median(rates) >= bar
+        report.figures[named] = Figure(rates, "events/s", higher_is_better=True, judged=False)
+    if "compiled" in measured:
+        times = ratios(told["compiled"]["events_per_s"], told["pure"]["events_per_s"])
+        report.figures[f"compiled to pure, {n_servers} servers"] = Figure(times, "x", higher_is_better=True)
+        report.notes.append(f"{n_servers} servers: the compiled core decides {spread(times, 2)} times as many")
+    mix, n_calls = told["pure"]["mix"], measured["pure"].recorded["n_calls"]
+    shares = ", ".join(f"{kind} {count / n_calls:.1%}" for kind, count in Counter(mix).most_common())
+    report.notes.append(f"{n_servers} servers, mix: {shares}")
 
 
 def profile(n_servers: int, n_events: int = 200_000, lines: int = 30) -> str:
@@ -245,11 +331,20 @@ def main(argv: list[str] | None = None) -> int:
     """Run from the command line."""
     options = parser(__doc__ or "", "python -m benchmarks.core --profile 8")
     options.add_argument("--profile", type=int, metavar="SERVERS", help="print a cProfile table for so many servers")
+    options.add_argument("--compiled", action="store_true", help="compile the core too, if that was not done before")
+    options.add_argument("--measure", nargs=2, type=int, help=argparse.SUPPRESS)
     args = options.parse_args(argv)
     if args.profile:
         print(profile(args.profile))
         return 0
-    report = run(n_events=50_000, repeats=3) if args.quick else run()
+    if args.measure:
+        _measure(*args.measure)
+        return 0
+    try:
+        core = compiled.build() if args.compiled else None
+    except compiled.CannotCompileError as error:
+        options.error(f"the core cannot be compiled: {error}")
+    report = run(n_events=50_000, repeats=3, core=core) if args.quick else run(core=core)
     return finish(report, as_json=args.json)
 
 

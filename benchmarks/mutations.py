@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from lbcore import is_compiled
 from lbcore.invariants import Auditor
 from simulator.sweeps.swarm import run_seed
 
@@ -309,7 +310,10 @@ def seeds_needed(seeds: Sequence[int]) -> tuple[int, str] | None:
 
 
 def main(names: Sequence[str]) -> int:
-    """Print the table; 1 when one was not caught."""
+    """Print the table; 1 when one was not caught, 2 when the core cannot be changed."""
+    if is_compiled():
+        print("the core is compiled, and only plain Python can be changed in memory: rm lbcore/*.so", file=sys.stderr)
+        return 2
     chosen = [m for m in MUTATIONS if not names or any(name in m.what for name in names)]
     uncaught = 0
     print(f"{'mutation':62} {'all checks':>10} {'from outside':>12}  first violation")

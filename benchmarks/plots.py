@@ -154,7 +154,10 @@ def _chaos(figure: Any, data: dict[str, Any]) -> None:
 
 
 def _core(figure: Any, data: dict[str, Any]) -> None:
-    groups = {f"{n_servers} servers": {"ollama-lb": found["events_per_s"]} for n_servers, found in data.items()}
+    groups = {
+        f"{n_servers} servers": {core: found["events_per_s"] for core, found in cores.items()}
+        for n_servers, cores in data.items()
+    }
     bars(figure.subplots(), groups, "events a second of CPU")
 
 

@@ -35,7 +35,7 @@ _RECOMPUTE_EVERY: Final = 8
 
 def smooth(old: float | None, sample: float) -> float:
     """Return the exponentially weighted mean of `old` and `sample`."""
-    return sample if old is None else old + _SMOOTHING * (sample - old)
+    return float(sample) if old is None else old + _SMOOTHING * (sample - old)  # an int becomes one when compiled
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lbcore import __version__
+from lbcore import __version__, is_compiled
 from lbio.subcommands.key_command import key
 from lbio.subcommands.models_command import models
 from lbio.subcommands.why_command import why
@@ -82,7 +82,8 @@ def _request_id(text: str) -> int:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
              epilog=_examples("ollama-lb run -s http://gpu1:11434=gpu1 -s http://gpu2:11434=gpu2",
                               "ollama-lb run my.toml", "ollama-lb check my.toml"))
-@click.version_option(__version__, prog_name="ollama-lb", message="%(prog)s %(version)s")
+@click.version_option(__version__, prog_name="ollama-lb",
+                      message=f"%(prog)s %(version)s (core: {'compiled' if is_compiled() else 'pure Python'})")
 def cli() -> None:
     """One fast, dependable Ollama out of many: races chat requests over N servers."""
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from lbcore import __version__
+from lbcore import __version__, is_compiled
 from lbcore.config import Config
 from lbcore.units import format_duration
 from lbio.cli import main
@@ -69,9 +69,10 @@ def cli(*args: str | Path) -> subprocess.CompletedProcess[str]:
 # --- in a process of its own -------------------------------------------------------------------------------
 
 
-def test_version() -> None:
+def test_the_version_says_which_core_runs() -> None:
     done = cli("--version")
-    assert (done.returncode, done.stdout) == (0, f"ollama-lb {__version__}\n")
+    core = "compiled" if is_compiled() else "pure Python"
+    assert (done.returncode, done.stdout) == (0, f"ollama-lb {__version__} (core: {core})\n")
 
 
 @pytest.mark.parametrize("args", [

@@ -15,6 +15,7 @@ QUICK = (
 )
 
 
+@pytest.mark.plain_core
 @pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.what in QUICK], ids=lambda m: m.what)
 def test_a_broken_core_is_caught_by_a_few_seeds(mutation: Mutation) -> None:
     with broken(mutation):
@@ -22,6 +23,7 @@ def test_a_broken_core_is_caught_by_a_few_seeds(mutation: Mutation) -> None:
     assert seeds_needed([1]) is None
 
 
+@pytest.mark.plain_core
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.what)
 def test_every_mutation_still_finds_what_it_changes(mutation: Mutation) -> None:
     with broken(mutation):

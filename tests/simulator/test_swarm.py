@@ -66,6 +66,7 @@ def test_the_number_of_processes_changes_nothing() -> None:
     assert without_time(range(1, 17), 1) == without_time(range(1, 17), 2)
 
 
+@pytest.mark.plain_core
 def test_what_is_found_is_told_and_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -86,6 +87,7 @@ def test_what_is_found_is_told_and_written(
     )
 
 
+@pytest.mark.plain_core
 def test_a_core_that_raises_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("on purpose")

@@ -182,6 +182,7 @@ def test_a_run_does_not_depend_on_the_hash_seed() -> None:
     assert printed("1") == printed("4242")
 
 
+@pytest.mark.plain_core
 def test_audit_sees_a_core_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ledger, "waste", lambda *_: None)
     honest = Ledger.release
