@@ -1,13 +1,11 @@
-"""One attempt: send the request to one server, read its answer until it is chosen, and tell the core."""
+"""One attempt: send the request to one server, take its answer as it comes, and tell the core."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
-from collections.abc import Callable, Coroutine
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import anyio
 
@@ -23,8 +21,8 @@ from lbcore.events import (
 )
 from lbcore.ollama import PASS_THROUGH, RequestKind
 from lbio.exchange import ClientRequest, Exchange
-from lbio.http1 import HttpError, IncompleteBody, ResponseHead
-from lbio.upstream import Answer, ConnectError, Connection, Endpoint, read_response_head
+from lbio.http1 import INSIDE_HEAD, HttpError, IncompleteBody, ResponseHead, parse_response_head
+from lbio.upstream import INTERIM_MAX, Answer, ConnectError, Connection, Endpoint
 from lbio.wire.blob_body import Taker
 
 _JOIN_BYTES_MAX = 65536  # a head and a body up to this size are sent at once
@@ -46,6 +44,15 @@ class Core(Protocol):
     def note_paused(self, attempt_id: int, *, paused: bool) -> None:
         """Tell the core that an answer cannot be expected yet, or that it can."""
 
+    def spawn(self, run: AttemptRun) -> None:
+        """Run the task of an attempt."""
+
+    def note_over(self, run: AttemptRun) -> None:
+        """Look whether the core still knows an attempt."""
+
+    def note_defect(self, error: BaseException) -> None:
+        """Tell of a defect of the program: one attempt must not end it."""
+
 
 def reason_of(status: int, body: bytes | bytearray, *, passed_through: bool) -> Reason:
     """Return what an error status means for the question who could answer better."""
@@ -62,25 +69,34 @@ def reason_of(status: int, body: bytes | bytearray, *, passed_through: bool) -> 
 
 
 class AttemptRun:
-    """The task of one attempt. Once chosen, its answer belongs to the client's connection, which reads the rest."""
+    """One attempt, and the sink of what its server sends: that is held until it is chosen, then it is for the relay.
+
+    Where the connection's stream calls back, this takes no task. A task dials, sends what does not go out at once, and
+    takes what comes where nobody calls back (`run`).
+    """
 
     __slots__ = (
+        "_begun",
         "_buffer_bytes_max",
+        "_calls_back",
         "_connection",
         "_core",
         "_head_bytes_max",
-        "_left",
-        "_parked",
+        "_is_connected",
+        "_is_fresh",
+        "_n_interim",
         "_reported",
+        "_resumed",
         "_scope",
+        "_sending",
         "_taker",
-        "_telling",
         "_unsent",
         "answer",
         "attempt_id",
         "chosen",
         "endpoint",
         "exchange",
+        "is_read",
         "sent_as",
     )
 
@@ -99,17 +115,22 @@ class AttemptRun:
         self.sent_as = exchange.sent_as  # the model that the server is asked for; "": the one that the client names
         self.answer: Answer | None = None
         self.chosen = False
+        self.is_read = False  # nothing more is taken: the answer has ended or broken off, or is not wanted
         self._core = core
         self._head_bytes_max = head_bytes_max
         self._buffer_bytes_max = buffer_bytes_max
-        self._scope = anyio.CancelScope()
         self._connection: Connection | None = None
+        self._is_fresh = False  # the connection was made for this attempt
+        self._is_connected = False  # the core was told so
+        self._calls_back = False  # the connection's stream gives us what comes
         self._unsent: list[bytes] = []  # what of the request is still to be sent on the connection
         self._taker: Taker | None = None  # of a body that is passed on as it comes
+        self._scope: anyio.CancelScope | None = None  # of the task
+        self._sending: anyio.CancelScope | None = None  # of that part of it which sends the request
+        self._resumed: anyio.Event | None = None  # nothing is taken before that
+        self._n_interim = 0  # 1xx answers so far
+        self._begun = False  # the first token was told to the core
         self._reported = False  # its end was told to the core
-        self._parked = False  # its task waits for nothing but to be chosen or cancelled
-        self._telling = False  # its task is telling the core something, and so is not waiting
-        self._left = anyio.Event()  # the task reads no more
 
     def __repr__(self) -> str:
         return f"<AttemptRun {self.attempt_id} on {self.endpoint.name}{' chosen' if self.chosen else ''}>"
@@ -117,7 +138,7 @@ class AttemptRun:
     # --- called by the driver, never waiting ---------------------------------------------------------------
 
     def begin(self) -> None:
-        """Send the request now if an idle connection is there to take it, so that no racer waits for the others' tasks.
+        """Send the request now if an idle connection is there to take it, so that no racer waits for the others.
 
         A request that changes something is never put on such a one: if it has died, the request could have been
         carried out. A server joins those that take an upload before anything of that is taken.
@@ -128,140 +149,132 @@ class AttemptRun:
             return
         connection = self._connection = self.endpoint.pooled()
         if connection is not None:
-            self._unsent = self._wire(self.exchange.request)
-            self._unsent[0] = self._unsent[0][connection.send_nowait(self._unsent[0]) :]
+            first, *rest = self._wire(self.exchange.request)
+            first = first[connection.send_nowait(first) :]
+            self._unsent = [first, *rest] if first or rest else []
+
+    def go_on(self) -> None:
+        """Take the answer from now on: without a task if the request is out and the stream calls back."""
+        if self._connection is not None and not self.is_read:
+            self._note_connected()
+        if self.is_read:  # cancelled before it could begin
+            return
+        if self._connection is not None and not self._unsent and self._taker is None:
+            self._calls_back = self._connection.give_to(self)
+        if not self._calls_back:
+            self._core.spawn(self)
 
     def choose(self, *, passed_on: bool) -> None:
-        """Hand the answer over to the client's connection."""
+        """Give its answer to the client."""
         self.chosen = True
         self.exchange.choose(self, passed_on=passed_on)
-        if not self._telling:
-            self._scope.cancel()
 
     def cancel(self) -> bool:
         """Close the connection now; tell whether there was one."""
-        self._reported = True
+        self._reported = self.is_read = True
         if self._taker is not None:
             self._taker.leave()
         connection, self._connection = self._connection, None
-        # The task waits for the connection, and wakes as that is closed; cancelling the scope as well would cost more
-        # than all the rest of this, which the other losers of a race are waiting for.
-        if connection is None or not connection.close() or self._parked:
+        if connection is not None:
+            connection.close()
+        if self._scope is not None:
             self._scope.cancel()
         if self.chosen:
-            self.exchange.relay_scope.cancel()
+            self.exchange.wake()
         return connection is not None
 
-    # --- the task ------------------------------------------------------------------------------------------
-
-    async def run(self, log_defect: Callable[[BaseException], None]) -> None:
-        """Run until the answer is chosen, has ended, or has failed."""
-        with self._scope:
-            try:
-                await self._run()
-            except anyio.ClosedResourceError:  # by `cancel`, which wakes the task before the cancellation does
-                self._fail(Reason.RESET, "closed")
-            except Exception as error:  # noqa: BLE001  one attempt must not end the program
-                log_defect(error)
-                self._fail(Reason.GARBAGE, f"{type(error).__name__} in the load balancer")
-        self._left.set()
-        if not self.chosen:
-            self.retire()
-
-    async def hand_over(self) -> None:
-        """Return when the task of the attempt reads no more, so that its chooser can.
-
-        It may have been chosen by another's event, while it was waiting for the next piece.
-        """
-        await self._left.wait()
+    def look(self) -> None:
+        """Look, now and then, whether the connection is still heard."""
+        if self._calls_back and self._connection is not None:
+            self._connection.look()
 
     def retire(self) -> None:
         """Give the connection back if it can carry another request, close it if not; harmless when done before."""
         connection, self._connection = self._connection, None
+        self.is_read = True
         if connection is None:
             return
         if self.answer is not None and self.answer.is_reusable:
+            connection.keep()
             self.endpoint.release(connection)
         else:
             connection.close()
 
-    async def _run(self) -> None:
-        if self._reported:
-            return  # cancelled before it could begin
-        try:
-            head = await self._send()
-        except ConnectError as error:
-            self._fail(error.reason, str(error))
-            return
-        except HttpError as error:
-            self._fail(Reason.GARBAGE, error.message)
-            return
-        except anyio.BrokenResourceError as error:
-            self._fail(Reason.RESET, str(error))
-            return
-        connection = self._connection
-        if head is None or connection is None:
-            self._fail(Reason.RESET, "")
-            return
-        route = self.exchange.request.route
-        if route.generates and head.status < 300 and not _is_model_output(head, plain=route.plain):
-            # such as the page of a captive portal, which would win every race
-            self._fail(Reason.GARBAGE, f"it is {(head.header(b'content-type') or b'of no type').decode('latin-1')}")
-            return
-        self.answer = Answer(connection, head, route.ending)
-        try:
-            await self._read(self.answer)
-        except IncompleteBody as error:
-            self._fail(Reason.TRUNCATED, str(error), status=head.status)
-        except HttpError as error:
-            self._fail(Reason.GARBAGE, error.message, status=head.status)
+    # --- called by who gets the answer ---------------------------------------------------------------------
 
-    async def _send(self) -> ResponseHead | None:
-        """Send the request and return the head of the answer; None when the server closed without a byte.
+    def pause(self) -> None:
+        """Take nothing more until `resume`; the server feels it as backpressure."""
+        if self._resumed is None:
+            self._resumed = anyio.Event()
+            if self._connection is not None and self._calls_back:
+                self._connection.keep()
 
-        A pooled connection may have died while it was idle: then the request is sent once more on a fresh one.
-        """
-        request = self.exchange.request  # kept: the exchange lets go of the body once its client has been served
-        pooled = self._connection
-        if pooled is not None:
-            self._tell(AttemptConnected(self.attempt_id))
-            received = pooled.reader.bytes_received
+    def resume(self) -> None:
+        """Go on where it was paused."""
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            resumed.set()
+            if self._connection is not None and self._calls_back and not self.is_read:
+                self._connection.give_to(self)
+
+    # --- the task ------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Dial if there is no connection, send what is unsent, and take the answer where nobody calls back."""
+        with anyio.CancelScope() as self._scope:
             try:
-                head = await self._ask(pooled)
-            except anyio.BrokenResourceError:
-                head = None
-                if pooled.reader.bytes_received > received:
-                    raise
-            if head is not None:
-                return head
-            pooled.close()
-            self.endpoint.drop_idle()
-        self._connection = None
-        self._connection = fresh = await self.endpoint.dial()
+                while not self.is_read and not self._calls_back:
+                    connection = self._connection
+                    if connection is None:
+                        connection = await self._dial()
+                    if not self.is_read:
+                        await self._serve(connection)
+            except ConnectError as error:
+                self._fail(error.reason, str(error))
+            except Exception as error:  # noqa: BLE001  one attempt must not end the program
+                self._note_defect(error)
+        self._scope = None
+
+    async def _dial(self) -> Connection:
+        request = self.exchange.request  # kept: the exchange lets go of the body once its client has been served
+        connection = self._connection = await self.endpoint.dial()
+        self._is_fresh = True
         self._unsent = self._wire(request)
-        if pooled is None:
-            self._tell(AttemptConnected(self.attempt_id))
-        return await self._ask(fresh)
+        self._note_connected()
+        return connection
 
     def _wire(self, request: ClientRequest) -> list[bytes]:
         head, body = request.head_for(self.endpoint.authority, self.endpoint.credentials), request.body
         return [head + body] if len(body) <= _JOIN_BYTES_MAX else [head, body]
 
-    async def _ask(self, connection: Connection) -> ResponseHead | None:
-        connection.n_requests += 1
+    async def _serve(self, connection: Connection) -> None:
+        """Send the request, and meanwhile take the answer: it may be a refusal of a large body."""
+        self._calls_back = connection.give_to(self)
+        if self._calls_back:
+            await self._send(connection)
+        elif self._taker is None and len(self._unsent) < 2:
+            await self._send(connection)
+            await self._pump(connection)
+        else:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._send, connection)
+                await self._pump(connection)
+                if self._sending is not None:
+                    self._sending.cancel()
+
+    async def _send(self, connection: Connection) -> None:
         unsent, self._unsent = self._unsent, []
         large_body = unsent.pop() if len(unsent) > 1 else b""
-        try:
-            for piece in unsent:
-                if piece:
+        with anyio.CancelScope() as self._sending:
+            # A server may have refused before all was sent: then its answer may still be there.
+            with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+                for piece in unsent:
                     await connection.stream.send(piece)
-        except anyio.BrokenResourceError:
-            pass  # the server may have refused before the body was sent: its answer may still be there
-        if self._taker is not None:
-            return await self._read_head_while(connection, partial(self._upload, connection, self._taker))
-        if large_body:
-            return await self._read_head_while(connection, partial(connection.send_body, large_body))
-        return await self._read_head(connection)
+            if self._taker is not None:
+                await self._upload(connection, self._taker)
+            elif large_body:
+                await connection.send_body(large_body)
+        self._sending = None
 
     async def _upload(self, connection: Connection, taker: Taker) -> None:
         """Send a body as it comes: how long that takes is for the client, and for the slowest server, to say."""
@@ -275,74 +288,146 @@ class AttemptRun:
             taker.leave()
             self._core.note_paused(self.attempt_id, paused=False)
 
-    async def _read_head(self, connection: Connection) -> ResponseHead | None:
-        return await read_response_head(connection, self.exchange.request.head.method, self._head_bytes_max)
-
-    async def _read_head_while(
-        self, connection: Connection, send: Callable[[], Coroutine[Any, Any, None]]
-    ) -> ResponseHead | None:
-        """Send a large body, but no more of it once the server has refused it, or of an upload, has answered."""
-        head: ResponseHead | None = None
-        problems: list[Exception] = []  # raised where they arise, they would come out as a group
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(send)
+    async def _pump(self, connection: Connection) -> None:
+        """Take what comes, piece by piece, where nobody calls back."""
+        while not self.is_read and self._connection is connection:
+            if self._resumed is not None:
+                await self._resumed.wait()
+                continue
             try:
-                head = await self._read_head(connection)
-            except (HttpError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-                problems.append(error)
-            if head is None or head.status >= 300 or self._taker is not None:
-                tasks.cancel_scope.cancel()
-        if problems:
-            raise problems.pop()  # a name for it here would make a cycle, which keeps the body
-        return head
-
-    async def _read(self, answer: Answer) -> None:
-        status = answer.head.status
-        if status < 400:
-            self._tell(HeadReceived(self.attempt_id, status))
-        begun = False
-        full = False
-        merge = self.exchange.merge
-        while not answer.ended:
-            payload = await answer.read()
-            n_tokens = answer.watcher.feed(payload)
-            self._core.note_chunk(self.attempt_id, len(payload), n_tokens)
-            if merge is not None and merge.is_stream and status < 400:
-                merge.feed(self.endpoint.name, payload)
-            else:
-                answer.held += payload
-            if not begun and status < 400 and (answer.watcher.n_tokens if answer.streams else payload):
-                begun = True
-                self._tell(FirstTokenReceived(self.attempt_id))
-            if self._is_over():
+                data = await connection.reader.more()
+            except anyio.BrokenResourceError as error:
+                self.take_end(str(error) or "reset")
+            except anyio.ClosedResourceError:  # by `cancel`
                 return
-            if not full and len(answer.held) > self._buffer_bytes_max:
-                full = True
-                self._overflow(answer)
-                if self._is_over():
-                    return
-                self._parked = True
-                await anyio.sleep_forever()  # until it is chosen or cancelled; the server feels it as backpressure
-        self.report_end(answer)
+            else:
+                self.take(data) if data else self.take_end("")
 
-    def _is_over(self) -> bool:
-        """Somebody else reads the answer now, or nobody does."""
-        return self.chosen or self._reported
+    # --- what the server sends -----------------------------------------------------------------------------
+
+    def take(self, data: bytes) -> None:
+        """Take the next piece of the answer."""
+        answer = self.answer
+        try:
+            if answer is None:
+                self._take_head(data)
+            else:
+                self._take_body(answer, data)
+        except HttpError as error:
+            self._break(Reason.GARBAGE, error.message)
+        except Exception as error:  # noqa: BLE001  one attempt must not end the program
+            self._note_defect(error)
+
+    def take_end(self, why: str) -> None:
+        """Take note that nothing more comes; `why`: the connection broke."""
+        try:
+            if self.answer is not None:
+                self.answer.take_end(why)
+                self._took(self.answer, b"")
+            else:
+                self._end_before_head(why)
+        except IncompleteBody as error:
+            self._break(Reason.TRUNCATED, str(error))
+        except Exception as error:  # noqa: BLE001  as above
+            self._note_defect(error)
+
+    def _end_before_head(self, why: str) -> None:
+        """Ask once more on a fresh connection if a pooled one has died while it was idle; it is nobody's fault."""
+        connection = self._connection
+        has_begun = self._n_interim > 0 or (connection is not None and bool(connection.reader.buffered))
+        if has_begun and not why:
+            self._break(Reason.GARBAGE, INSIDE_HEAD)
+        elif has_begun or self._is_fresh or connection is None:
+            self._break(Reason.RESET, why)
+        else:
+            connection.close()
+            self.endpoint.drop_idle()
+            self._connection = None
+            self._calls_back = False
+            if self._sending is not None:
+                self._sending.cancel()
+            if self._scope is None:
+                self._core.spawn(self)
+
+    def _take_head(self, data: bytes) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        connection.reader.buffered += data
+        while (raw := connection.reader.take_head(self._head_bytes_max, role="response")) is not None:
+            head = parse_response_head(raw, self.exchange.request.head.method)
+            if head.status >= 200:
+                self._begin_answer(connection, head)
+                return
+            self._n_interim += 1
+            if self._n_interim >= INTERIM_MAX:
+                raise HttpError(502, "too many interim answers")
+
+    def _begin_answer(self, connection: Connection, head: ResponseHead) -> None:
+        route = self.exchange.request.route
+        if route.generates and head.status < 300 and not _is_model_output(head, plain=route.plain):
+            # such as the page of a captive portal, which would win every race
+            self._fail(Reason.GARBAGE, f"it is {(head.header(b'content-type') or b'of no type').decode('latin-1')}")
+            return
+        answer = self.answer = Answer(connection, head, route.ending)
+        if self._sending is not None and (head.status >= 300 or self._taker is not None):
+            self._sending.cancel()  # no more of the body is wanted
+        if head.status < 400:
+            self._core.dispatch(HeadReceived(self.attempt_id, head.status))
+        if self.is_read:
+            return
+        if answer.ended:
+            self._took(answer, b"")
+        elif connection.reader.buffered:
+            rest = bytes(connection.reader.buffered)
+            connection.reader.buffered.clear()
+            self._take_body(answer, rest)
+
+    def _take_body(self, answer: Answer, data: bytes) -> None:
+        payload = answer.take(data)
+        n_tokens = answer.watcher.feed(payload)
+        self._core.note_chunk(self.attempt_id, len(payload), n_tokens)
+        self._took(answer, payload)
+
+    def _took(self, answer: Answer, payload: bytes) -> None:
+        """Hand on, or hold, what came of the body, and tell the core what there is to tell."""
+        if not self.chosen:
+            self._hold(answer, payload)
+            payload = b""
+        if answer.ended and not self.is_read:
+            self.report_end(answer)
+        relay = self.exchange.relay
+        if self.chosen and relay is not None:
+            if payload or answer.ended:
+                relay.feed(payload)
+        elif len(answer.held) > self._buffer_bytes_max and not self.is_read:
+            self._overflow(answer)
+
+    def _hold(self, answer: Answer, payload: bytes) -> None:
+        status, merge = answer.head.status, self.exchange.merge
+        if merge is not None and merge.is_stream and status < 400:
+            merge.feed(self.endpoint.name, payload)
+        else:
+            answer.held += payload
+        if not self._begun and status < 400 and (answer.watcher.n_tokens if answer.streams else payload):
+            self._begun = True
+            self._core.dispatch(FirstTokenReceived(self.attempt_id))
 
     def _overflow(self, answer: Answer) -> None:
-        if answer.head.status < 400 and self.exchange.merge is not None:
+        if answer.head.status >= 400:
+            reason = reason_of(answer.head.status, answer.held, passed_through=False)
+            self._fail(reason, "a very long error", status=answer.head.status)
+        elif self.exchange.merge is not None:
             self._fail(Reason.GARBAGE, "a very long answer", status=answer.head.status)
-        elif answer.head.status < 400:
-            self._tell(BufferFilled(self.attempt_id))
         else:
-            self._fail(
-                reason_of(answer.head.status, answer.held, passed_through=False),
-                "a very long error",
-                status=answer.head.status,
-            )
+            self.pause()  # until it is chosen, which may be now, or cancelled
+            self._core.dispatch(BufferFilled(self.attempt_id))
+
+    # --- its end, told to the core once --------------------------------------------------------------------
 
     def report_end(self, answer: Answer) -> None:
-        """Tell the core, once, how the answer ended."""
+        """Tell the core how the answer ended."""
+        self._stop()
         status, verdict = answer.head.status, answer.verdict
         if status >= 400:
             route = self.exchange.request.route  # of a blob, 404 is the answer
@@ -354,11 +439,25 @@ class AttemptRun:
             self._reported = True
             if self.exchange.merge is not None:
                 self.exchange.merge.end(self.endpoint.name, status=status, body=bytes(answer.held))
-            self._tell(StreamEnded(self.attempt_id))
+            self._end(StreamEnded(self.attempt_id))
 
-    def report_broken(self, reason: Reason, detail: str) -> None:
-        """Tell the core that the committed answer broke off."""
-        self._fail(reason, detail)
+    def _break(self, reason: Reason, detail: str) -> None:
+        """The answer broke off."""
+        self._stop()
+        status = self.answer.head.status if self.answer is not None and not self.chosen else 0
+        self._fail(reason, detail, status=status)
+        if self.chosen:
+            self.exchange.wake()
+
+    def _stop(self) -> None:
+        """Take nothing more."""
+        self.is_read = True
+        if self._connection is not None:
+            self._connection.keep()
+
+    def _note_defect(self, error: Exception) -> None:
+        self._core.note_defect(error)
+        self._break(Reason.GARBAGE, f"{type(error).__name__} in the load balancer")
 
     def _fail(self, reason: Reason, detail: str, *, status: int = 0, answered: bool = False) -> None:
         if not self._reported:
@@ -369,14 +468,18 @@ class AttemptRun:
                 held = bytes(self.answer.held) if answered and self.answer is not None else b""
                 words = detail or reason
                 self.exchange.merge.end(self.endpoint.name, reason=reason, words=words, status=status, body=held)
-            self._tell(AttemptFailed(self.attempt_id, reason, status, detail, answered=answered))
+            self._end(AttemptFailed(self.attempt_id, reason, status, detail, answered=answered))
 
-    def _tell(self, event: Event) -> None:
-        self._telling = True
-        try:
-            self._core.dispatch(event)
-        finally:
-            self._telling = False
+    def _end(self, event: Event) -> None:
+        self._core.dispatch(event)
+        if not self.chosen:
+            self.retire()
+        self._core.note_over(self)
+
+    def _note_connected(self) -> None:
+        if not self._is_connected:
+            self._is_connected = True
+            self._core.dispatch(AttemptConnected(self.attempt_id))
 
 
 def _is_model_output(head: ResponseHead, *, plain: bool) -> bool:

@@ -19,7 +19,8 @@ _T = TypeVar("_T")
 _WRITE_BYTES = 65536
 """What is sent in one go: between two of them, others have their turn."""
 _PIPELINED_BYTES_MAX = 65536
-_LOOK_S = 1.0  # how often a client that has sent more than that is looked for
+LOOK_S = 1.0
+"""How often a client that has sent more than that is looked for, s."""
 _LINGER_S = 0.5
 _LINGER_BYTES_MAX = 256 << 10
 _DISCARD_S = 30.0  # as nginx does (lingering_time, lingering_timeout)
@@ -67,10 +68,13 @@ class ClientStream:
     __slots__ = (
         "_bodies",
         "_held",
+        "_is_gone",
         "_limits",
+        "_on_left",
         "_settings",
         "_stream",
         "_write_timeout_s",
+        "_writing_scope",
         "in_body",
         "peer",
         "reader",
@@ -87,19 +91,21 @@ class ClientStream:
         self._write_timeout_s = settings.write_timeout_ns / SECOND_NS
         self.reader = Reader(stream)
         self.writing = False  # inside a write: if that is cut short, nothing can follow it
+        self._writing_scope: anyio.CancelScope | None = None
+        self._on_left: Callable[[], None] | None = None
+        self._is_gone = False
         address = stream.extra(SocketAttribute.remote_address, ("?", 0))  # noqa: S610  not Django's
         self.peer = str(address[0]) if isinstance(address, tuple) else str(address)
 
     # --- reading -------------------------------------------------------------------------------------------
 
     async def read_head(self) -> bytes | None:
-        """Return the next request head; None when the client left, or sent nothing for the idle timeout.
+        """Return the next request head; None when the client left.
 
         Raises HttpError: 408 for a head that takes too long, and as `Reader.read_head`.
         """
-        if not self.reader.buffered and not self._take_what_is_there():
-            with anyio.move_on_after(self._settings.idle_timeout_ns / SECOND_NS):
-                self.reader.buffered += await self.reader.more()
+        if not self.reader.buffered:
+            self.reader.buffered += await self.reader.more()
             if not self.reader.buffered:
                 return None
         limit = self._limits.head_bytes_max
@@ -108,13 +114,6 @@ class ClientStream:
         return await self._in_time(
             lambda: self.reader.read_head(limit, role="request"), self._settings.head_timeout_ns, "the request head"
         )
-
-    def _take_what_is_there(self) -> bool:
-        """Receive without waiting, and so without the price of a timeout: mostly, the request has come by now."""
-        if not isinstance(self._stream, SocketStream):
-            return False
-        self.reader.buffered += self._stream.receive_nowait() or b""
-        return bool(self.reader.buffered)
 
     async def read_body(self, head: RequestHead) -> bytes:
         """Return the whole body of a request; it counts as held until `let_go`.
@@ -190,7 +189,7 @@ class ClientStream:
     async def _while_there(self, happened: Callable[[], Awaitable[None]]) -> None:
         """Wait for something while nothing is read, and so no event tells of the client's end. Raises ClientGone."""
         while True:
-            with anyio.move_on_after(_LOOK_S):
+            with anyio.move_on_after(LOOK_S):
                 await happened()
                 return
             if self._has_left():
@@ -215,25 +214,67 @@ class ClientStream:
             return await read()
         raise HttpError(408, f"{what} was not received within {limit_s:g} s")
 
-    async def watch(self) -> None:
-        """Return when the client has left; what it sends meanwhile (pipelined requests) is kept, within bounds.
+    def watch_by_callback(self, on_left: Callable[[], None]) -> bool:
+        """Call `on_left` once the client has left, until `unwatch`; what it sends is kept, within bounds.
 
-        A client that closes its sending half counts as gone, as it does for Ollama (Go's HTTP server).
+        A client that closes its sending half counts as gone, as it does for Ollama (Go's HTTP server). False where
+        nobody calls back, or where so much has been sent that no more is read: then it takes a task, and `watch`.
         """
+        if not isinstance(self._stream, SocketStream) or len(self.reader.buffered) >= _PIPELINED_BYTES_MAX:
+            return False
+        self._on_left = on_left
+        return self._stream.give_to(self)
+
+    def unwatch(self) -> None:
+        """Call nobody any more."""
+        self._on_left = None
+        if isinstance(self._stream, SocketStream):
+            self._stream.keep()
+
+    def take(self, data: bytes) -> None:
+        """Keep what has come while an answer is under way: pipelined requests."""
+        self.reader.buffered += data
+        if len(self.reader.buffered) >= _PIPELINED_BYTES_MAX and isinstance(self._stream, SocketStream):
+            # The rest stays unread, so that the client feels it. Its end comes behind that: `look` finds it.
+            self._stream.keep()
+
+    def take_end(self, why: str) -> None:  # noqa: ARG002  it has left, one way or the other
+        """Take note that the client has left."""
+        on_left, self._on_left = self._on_left, None
+        if on_left is not None:
+            on_left()
+
+    def look(self) -> None:
+        """Look, now and then, whether a client has left of which nothing more is read, or tells nothing more."""
+        if self._on_left is None or not isinstance(self._stream, SocketStream):
+            return
+        self._stream.look()
+        if len(self.reader.buffered) >= _PIPELINED_BYTES_MAX and self._has_left():
+            self.take_end("")
+
+    def leave(self) -> None:
+        """Write nothing more: the client has left."""
+        self._is_gone = True
+        if self._writing_scope is not None:
+            self._writing_scope.cancel()
+
+    async def watch(self) -> None:
+        """Return when the client has left; as `watch_by_callback`."""
         buffered = self.reader.buffered
         while len(buffered) < _PIPELINED_BYTES_MAX:
             try:
                 buffered += await self._stream.receive()
             except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
                 return
-        # The rest of it stays unread, so that the client feels it. Its end comes behind that, and no event tells of it.
         while not self._has_left():  # noqa: ASYNC110
-            await anyio.sleep(_LOOK_S)
+            await anyio.sleep(LOOK_S)
 
     # --- writing -------------------------------------------------------------------------------------------
 
     def write_nowait(self, data: bytes) -> int:
         """Write what fits into the socket's buffer; return how much that was. Raises ClientGone."""
+        if self._is_gone:
+            raise ClientGone
         if not isinstance(self._stream, SocketStream):
             return 0
         try:
@@ -248,8 +289,12 @@ class ClientStream:
             return
         self.writing = True
         try:
-            for begin in range(at, len(data), _WRITE_BYTES):
-                await send_while_taken(self._stream, data[begin : begin + _WRITE_BYTES], self._write_timeout_s)
+            with anyio.CancelScope() as self._writing_scope:
+                for begin in range(at, len(data), _WRITE_BYTES):
+                    await send_while_taken(self._stream, data[begin : begin + _WRITE_BYTES], self._write_timeout_s)
+            self._writing_scope = None
+            if self._is_gone:
+                raise ClientGone
         except TimeoutError as error:
             raise ClientGone(f"the client has not read for {self._write_timeout_s:g} s") from error
         except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:

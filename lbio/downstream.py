@@ -28,7 +28,7 @@ from lbio.answers.parts import Parts, Plan, Splitter
 from lbio.answers.renaming import RenamingRelay, renamed_answer
 from lbio.answers.shows import ShowRelay
 from lbio.attempt import AttemptRun
-from lbio.client import BodyBudget, ClientGone, ClientStream
+from lbio.client import LOOK_S, BodyBudget, ClientGone, ClientStream
 from lbio.configuration.addresses import is_loopback, parse_listen
 from lbio.driver import Driver
 from lbio.exchange import ClientRequest, Exchange, head_parts
@@ -40,6 +40,9 @@ from lbio.wire.headers import upstream_headers
 
 _JOIN_BYTES_MAX = 65536
 """An answer of ours up to this size is written at once with its head; a larger one is not copied for that."""
+
+_LOOKS_PER_TIMEOUT = 8
+"""An idle connection is closed at most an eighth of its time too late."""
 
 _SHUTTING_DOWN = "the load balancer is shutting down"
 
@@ -103,6 +106,15 @@ class Front:
             connection.close()
             self.note_served()
 
+    async def sweep(self) -> None:
+        """Close connections that were idle for too long, for ever: one clock for all, instead of a timer for each."""
+        limit_ns = self.driver.app.client.idle_timeout_ns
+        while True:
+            await anyio.sleep(min(LOOK_S, limit_ns / SECOND_NS / _LOOKS_PER_TIMEOUT))
+            oldest_ns = self.driver.clock() - limit_ns
+            for connection in list(self.connections.values()):
+                connection.look(oldest_ns)
+
     def drain(self) -> None:
         """Take no further request: idle connections are closed, the others after their answer."""
         self.draining = True
@@ -135,6 +147,7 @@ class ClientConnection:
         self._front = front
         self._driver = front.driver
         self._is_idle = True  # but for what of a request may have come
+        self._idle_since_ns = front.driver.clock()
         self._cors_headers: HeaderPairs = ()  # of the answer to this request
         self._key: Key | None = None  # of this request
         self._is_over = False  # no further request is read
@@ -148,6 +161,13 @@ class ClientConnection:
         """Close at once."""
         self._client.close()
 
+    def look(self, oldest_ns: int) -> None:
+        """Close if nothing has come since then, and nothing was asked; else look whether the client has left."""
+        if self.is_idle and not self._is_over and self._idle_since_ns < oldest_ns:
+            self.close()
+        else:
+            self._client.look()
+
     async def refuse(self) -> None:
         """Say that there are too many connections already."""
         answer = error_answer(Shape.NATIVE, 503, "too many connections (limits.connections_max)", retry_after_s=1)
@@ -160,6 +180,7 @@ class ClientConnection:
         try:
             while await self._serve_one() and not self._front.draining:
                 self._is_idle = True
+                self._idle_since_ns = self._driver.clock()
                 if self._client.reader.buffered:  # the next request is here already, but the others come first
                     await anyio.lowlevel.checkpoint()
             self._end()
@@ -304,6 +325,20 @@ class ClientConnection:
             return await self._respond(error_answer(shape_of(head.path), 400, f"illegal header: {error}"), head)
         exchange = self._driver.open(request)
         exchange.on_chosen = partial(self._begin_relay, ask)
+        on_left = partial(self._leave, exchange)
+        if request.upload is not None or not self._client.watch_by_callback(on_left):
+            return await self._whole_while_watching(exchange)
+        try:
+            await exchange.decided.wait()
+            return not exchange.left and await self._give(exchange)
+        except (ClientGone, anyio.BrokenResourceError, anyio.ClosedResourceError):
+            return False
+        finally:
+            self._client.unwatch()
+            self._driver.close(exchange)
+
+    async def _whole_while_watching(self, exchange: Exchange) -> bool:
+        """Do the same where a task is needed that reads from the client meanwhile."""
         keep = False
         reading = anyio.CancelScope()
         try:
@@ -319,9 +354,16 @@ class ClientConnection:
             self._driver.close(exchange)
         return keep
 
+    def _leave(self, exchange: Exchange) -> None:
+        """The client has left: its attempts are cancelled now, and not when the client's task gets its turn."""
+        self._client.leave()
+        exchange.leave()
+        self._driver.close(exchange)
+        self._end()
+
     async def _give(self, exchange: Exchange) -> bool:
         """Give the client what was decided on; return whether another request may follow."""
-        if exchange.relay is not None:
+        if isinstance(exchange.relay, Relay):
             return await exchange.relay.run()
         if exchange.merge is None or exchange.rejected is not None:
             return await self._refuse(exchange)
@@ -383,10 +425,10 @@ class ClientConnection:
 
     def _begin_relay(self, ask: Ask, exchange: Exchange, run: AttemptRun) -> None:
         if run.answer is not None:
-            exchange.relay = self._new_relay(ask, exchange, run, run.answer)
+            relay = exchange.relay = self._new_relay(ask, exchange, run, run.answer)
             used = ((MODEL_HEADER, run.sent_as.encode()),) if run.sent_as else ()
             ours = ((SERVER_HEADER, run.endpoint.name.encode()), *used, *_of(exchange), *self._cors_headers)
-            exchange.relay.begin(close=self._must_close(exchange.request.head), ours=ours)
+            relay.begin(close=self._must_close(exchange.request.head), ours=ours)
 
     def _new_relay(self, ask: Ask, exchange: Exchange, run: AttemptRun, answer: Answer) -> Relay:
         if ask.show_key is not None and run.sent_as == ask.show_model and answer.head.status < 400:

@@ -40,6 +40,7 @@ from lbio.access.credentials import NO_CREDENTIALS, Credentials
 from lbio.answers.merge import Merge
 from lbio.answers.status import warnings_of
 from lbio.attempt import AttemptRun
+from lbio.client import LOOK_S
 from lbio.configuration.settings import AppConfig
 from lbio.exchange import ClientRequest, Exchange
 from lbio.job import JobRun
@@ -171,7 +172,7 @@ class Driver:
         self.log.forget(exchange.request)
         if exchange.chosen is not None:
             exchange.chosen.retire()
-            self._forget_if_over(exchange.chosen)
+            self.note_over(exchange.chosen)
         exchange.close()
         if not self._exchanges:
             self._all_answered.set()
@@ -202,18 +203,21 @@ class Driver:
         )
         self._runs[command.attempt_id] = exchange.runs[command.attempt_id] = run
         run.begin()
-        self._afterwards.append(partial(self.tasks.start_soon, self._run_attempt, run))
+        self._afterwards.append(run.go_on)
 
     def _use_model(self, command: UseModel) -> None:
         self._exchanges[command.request_id].use(command.model)
 
-    async def _run_attempt(self, run: AttemptRun) -> None:
-        try:
-            await run.run(self.log.defect)
-        finally:
-            self._forget_if_over(run)
+    def spawn(self, run: AttemptRun) -> None:
+        """Run the task of an attempt."""
+        self.tasks.start_soon(run.run)
 
-    def _forget_if_over(self, run: AttemptRun) -> None:
+    def note_defect(self, error: BaseException) -> None:
+        """Tell of a defect of the program."""
+        self.log.defect(error)
+
+    def note_over(self, run: AttemptRun) -> None:
+        """Forget an attempt that the core does not know any more."""
         if run.attempt_id not in self.balancer.ledger.attempts:
             self._runs.pop(run.attempt_id, None)
 
@@ -326,6 +330,13 @@ class Driver:
             await anyio.sleep(max(1.0, self.app.pool.idle_timeout_ns / SECOND_NS / 2))
             for endpoint in self._endpoints.values():
                 endpoint.sweep()
+
+    async def watch_streams(self) -> None:
+        """Look after streams whose loop tells of nothing any more, for ever."""
+        while True:
+            await anyio.sleep(LOOK_S)
+            for run in list(self._runs.values()):
+                run.look()
 
     async def watch_builds(self) -> None:
         """Warn, once, of models that are not the same everywhere, for ever."""

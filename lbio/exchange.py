@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 
@@ -18,7 +18,6 @@ from lbio.wire.model_place import ModelPlace
 if TYPE_CHECKING:
     from lbio.answers.merge import Merge
     from lbio.attempt import AttemptRun
-    from lbio.relay import Relay
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +64,16 @@ def head_parts(head: RequestHead, headers: Headers) -> tuple[bytes, bytes]:
     return before + b"\r\nHost: ", b"\r\n" + after
 
 
+class Receiver(Protocol):
+    """Who gets the answer that was chosen: the client's relay, or what puts parts together."""
+
+    def feed(self, payload: bytes) -> None:
+        """Take the next piece of the body, perhaps an empty one; `answer.ended` tells whether it is the last."""
+
+    def wake(self) -> None:
+        """Look again: the answer has broken off, was aborted, or the client has left."""
+
+
 class Exchange:
     """What the core has decided about one request so far. Written by the driver, read by the client's connection."""
 
@@ -72,13 +81,13 @@ class Exchange:
         "aborted",
         "chosen",
         "decided",
+        "left",
         "merge",
         "n_attempts",
         "on_chosen",
         "passed_on",
         "rejected",
         "relay",
-        "relay_scope",
         "request",
         "runs",
         "sent_as",
@@ -90,12 +99,12 @@ class Exchange:
         self.decided = anyio.Event()
         self.chosen: AttemptRun | None = None  # whose answer the client gets
         self.on_chosen: Callable[[Exchange, AttemptRun], None] | None = None  # begins `relay`
-        self.relay: Relay | None = None
+        self.relay: Receiver | None = None  # who gets it
         self.merge: Merge | None = None  # instead of a chosen one, when all answers make one
         self.passed_on = False  # it is an error, held whole
         self.rejected: RejectRequest | None = None  # an answer of our own instead
         self.aborted: str | None = None  # why a committed stream ends early
-        self.relay_scope = anyio.CancelScope()
+        self.left = False  # the client has
         self.n_attempts = 0
         self.sent_as = ""  # the model that servers are asked for, if it is not what the client has written
 
@@ -132,4 +141,17 @@ class Exchange:
         if self.merge is not None:
             self.merge.abort(why)
             self.decided.set()
-        self.relay_scope.cancel()
+        self.wake()
+
+    def leave(self) -> None:
+        """Whoever waits for something is to wait no more: the client has left."""
+        self.left = True
+        self.decided.set()
+        if self.merge is not None:
+            self.merge.finish()
+        self.wake()
+
+    def wake(self) -> None:
+        """Let who gets the answer look again."""
+        if self.relay is not None:
+            self.relay.wake()

@@ -6,7 +6,7 @@ we want to.
 """
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Final, Literal, Self
 
 import anyio
@@ -20,6 +20,8 @@ from lbio.wire.http1_heads import (
     HttpError,
     RequestHead,
     ResponseHead,
+    known_request,
+    known_response,
     parse_request_head,
     parse_response_head,
     serialize_request,
@@ -28,6 +30,7 @@ from lbio.wire.http1_heads import (
 )
 
 __all__ = [
+    "INSIDE_HEAD",
     "LAST_CHUNK",
     "ChunkedDecoder",
     "Framing",
@@ -53,6 +56,9 @@ LAST_CHUNK: Final = b"0\r\n\r\n"
 TRAILER_BYTES_MAX: Final = 8192
 _LEADING_CRLF_BYTES_MAX: Final = 8  # RFC 9112 §2.2: some clients send a CRLF too many after a POST body
 
+INSIDE_HEAD: Final = "the connection ended inside the head"
+_BAD: Final[dict[Role, int]] = {"request": 400, "response": 502}
+_KNOWN: Final[dict[Role, Callable[[bytes], Head | None]]] = {"request": known_request, "response": known_response}
 _BARE_CR_OR_LF = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]"
 _TOKEN = rb"[-!#$%&'*+.^_`|~0-9a-zA-Z]+"
@@ -165,12 +171,13 @@ class Reader:
     A call that is cancelled may have lost bytes of a *body*; such a connection is not to be used again.
     """
 
-    __slots__ = ("_stream", "buffered", "bytes_received")
+    __slots__ = ("_n_seen", "_n_skipped", "_stream", "buffered")
 
     def __init__(self, stream: AnyByteReceiveStream, initial: bytes = b"") -> None:
         self._stream = stream
         self.buffered = bytearray(initial)
-        self.bytes_received = len(initial)  # ever; unchanged means that no byte of an answer came
+        self._n_seen = 0  # bytes of a head that were looked at
+        self._n_skipped = 0  # bytes of CR LF before it
 
     async def more(self) -> bytes:
         """Return the next raw bytes, buffered ones first; b"" when the peer has ended the stream."""
@@ -182,44 +189,56 @@ class Reader:
 
     async def _receive(self) -> bytes:
         try:
-            data = await self._stream.receive()
+            return await self._stream.receive()
         except anyio.EndOfStream:
             return b""
-        self.bytes_received += len(data)
-        return data
 
     async def read_head(self, bytes_max: int, *, role: Role) -> bytes | None:
         """Return the raw head with its blank line, or None if the stream ended before its first byte.
 
-        Raises HttpError: 400 for a bare CR or LF as soon as it is seen, for what cannot be HTTP, or for an
-        end inside the head; 431 above `bytes_max`; always 502 for an answer.
+        Raises HttpError: as `take_head`, and for an end inside the head.
         """
-        bad = 400 if role == "request" else 502
-        buffer = self.buffered
-        seen = skipped = 0
-        skippable = _LEADING_CRLF_BYTES_MAX if role == "request" else 0
-        while True:
-            while buffer.startswith(b"\r\n") and skipped < skippable:
-                del buffer[:2]
-                skipped += 2
-            end = buffer.find(b"\r\n\r\n", max(0, seen - 3)) + 4
-            size = end if end >= 4 else len(buffer)
-            if _BARE_CR_OR_LF.search(buffer, max(0, seen - 1), size) is not None:
-                raise HttpError(bad, "bare CR or LF in the head")
-            if size > bytes_max:
-                raise HttpError(431 if role == "request" else 502, f"a head of more than {bytes_max} bytes")
-            if seen == 0 and buffer != b"\r":
-                _check_first_bytes(bytes(buffer[:7]), role)
-            if end >= 4:
-                head = bytes(memoryview(buffer)[:end])
-                del buffer[:end]
-                return head
-            seen = 0 if buffer == b"\r" else len(buffer)
+        while (head := self.take_head(bytes_max, role=role)) is None:
             if not (data := await self._receive()):
-                if not buffer:
+                if not self.buffered:
                     return None
-                raise HttpError(bad, "the connection ended inside the head")
-            buffer += data
+                raise HttpError(_BAD[role], INSIDE_HEAD)
+            self.buffered += data
+        return head
+
+    def take_head(self, bytes_max: int, *, role: Role) -> bytes | None:
+        """Take the raw head, with its blank line, if it has come whole; None: more is needed.
+
+        Raises HttpError: 400 for a bare CR or LF as soon as it is seen, or for what cannot be HTTP; 431 above
+        `bytes_max`; always 502 for an answer. A head that is known needs no look: it was looked at before.
+        """
+        buffer = self.buffered
+        seen = self._n_seen
+        if seen == 0 and 4 <= (end := buffer.find(b"\r\n\r\n") + 4) <= bytes_max:
+            head = bytes(memoryview(buffer)[:end])
+            if _KNOWN[role](head) is not None:
+                return self._taken(head)
+        skippable = _LEADING_CRLF_BYTES_MAX if role == "request" else 0
+        while buffer.startswith(b"\r\n") and self._n_skipped < skippable:
+            del buffer[:2]
+            self._n_skipped += 2
+        end = buffer.find(b"\r\n\r\n", max(0, seen - 3)) + 4
+        size = end if end >= 4 else len(buffer)
+        if _BARE_CR_OR_LF.search(buffer, max(0, seen - 1), size) is not None:
+            raise HttpError(_BAD[role], "bare CR or LF in the head")
+        if size > bytes_max:
+            raise HttpError(431 if role == "request" else 502, f"a head of more than {bytes_max} bytes")
+        if seen == 0 and buffer != b"\r":
+            _check_first_bytes(bytes(buffer[:7]), role)
+        if end >= 4:
+            return self._taken(bytes(memoryview(buffer)[:end]))
+        self._n_seen = 0 if buffer == b"\r" else len(buffer)
+        return None
+
+    def _taken(self, head: bytes) -> bytes:
+        del self.buffered[: len(head)]
+        self._n_seen = self._n_skipped = 0
+        return head
 
     async def read_body(self, head: Head, bytes_max: int | None) -> bytes:
         """Return the whole body (`bytes_max` None: without a limit).

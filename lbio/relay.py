@@ -1,20 +1,19 @@
-"""The byte pump after an answer was chosen: what is held, every piece as it comes, and a good or an honest end."""
+"""The relay of a chosen answer to its client: what is held, every piece as it comes, and a good or an honest end."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from lbcore.events import Event, Reason
+import anyio
+
 from lbcore.ollama import error_tail
 from lbio.attempt import AttemptRun
-from lbio.client import ClientStream
+from lbio.client import ClientGone, ClientStream
 from lbio.exchange import Exchange
 from lbio.http1 import (
     LAST_CHUNK,
     Framing,
     HeaderPairs,
-    HttpError,
-    IncompleteBody,
     ResponseHead,
     encode_chunk,
     serialize_response,
@@ -29,18 +28,16 @@ _TAIL_BYTES_MAX = 65536
 class Core(Protocol):
     """What the relay needs of the driver."""
 
-    def dispatch(self, event: Event) -> None:
-        """Give the core an event and carry out what it commands."""
-
-    def note_chunk(self, attempt_id: int, n_bytes: int, n_tokens: int) -> None:
-        """Count a piece of an answer."""
-
     def note_paused(self, attempt_id: int, *, paused: bool) -> None:
         """Tell the core that an answer is, or is not, being read."""
 
 
 class Relay:
-    """Gives one client the answer that was chosen for it."""
+    """Gives one client the answer that was chosen for it.
+
+    What comes is written in the very call that brings it. What the client does not take at once is left to the client's
+    own task (`run`), and nothing more is taken from the server until it has been written.
+    """
 
     __slots__ = (
         "_answer",
@@ -49,9 +46,12 @@ class Relay:
         "_core",
         "_exchange",
         "_framing",
+        "_is_closed",
         "_is_line_open",
+        "_news",
         "_problem",
         "_run",
+        "_scope",
         "_tail",
         "_unsent",
     )
@@ -64,13 +64,18 @@ class Relay:
         self._core = core
         self._framing = Framing.NONE
         self._close = True
-        self._unsent = b""
-        self._problem: Exception | None = None  # why it could not begin
+        self._unsent = bytearray()  # what the client did not take
+        self._scope: anyio.CancelScope | None = None  # of writing that
+        self._news: anyio.Event | None = None  # the task waits for it
+        self._problem: Exception | None = None  # why nothing can be written
         self._tail = b""  # the beginning of a line, kept back until the rest of it has come
         self._is_line_open = False  # the client has got the beginning of a line
+        self._is_closed = False  # the end of the body was written, or is unsent
+
+    # --- called as things happen, never waiting ------------------------------------------------------------
 
     def begin(self, *, close: bool, ours: HeaderPairs) -> None:
-        """Write the head and what is held, as far as the socket takes it; what goes wrong shows in `run`.
+        """Write the head and what is held; what goes wrong shows in `run`.
 
         Called as the answer is chosen: the client has its first token before the losers are let go.
         """
@@ -83,50 +88,42 @@ class Relay:
             client_head = self._exchange.request.head
             headers, self._framing = downstream_headers(self._head(len(lines)), client_head, close=close, ours=ours)
             head = serialize_response(answer.head.status, headers, answer.head.reason)
-            data = head + self._framed(lines)
-            self._unsent = data[self._client.write_nowait(data) :]
+            self._write(head + self._framed(lines) + self._closing())
         except Exception as error:  # noqa: BLE001  it is the client's connection that fails, not the core's commands
             self._problem = error
+        if not self._unsent and self._problem is None:
+            self._run.resume()  # it may have been paused for holding too much
 
     def _head(self, n_bytes: int) -> ResponseHead:  # noqa: ARG002  for those that change the body
         """Return the head that the server gave; `n_bytes` of the body are at hand."""
         return self._answer.head
 
-    async def run(self) -> bool:
-        """Relay the rest; return whether the connection can carry another request. Raises ClientGone."""
-        if self._problem is not None:
-            raise self._problem
-        with self._exchange.relay_scope:
-            if self._unsent:
-                await self._write(self._unsent)
-                self._unsent = b""
-            await self._pump()
-        return await self._end() and not self._close and self._framing is not Framing.CLOSE
-
-    async def _pump(self) -> None:
-        answer, run, core = self._answer, self._run, self._core
-        await run.hand_over()
-        # Its task may have read on: it had been woken by a piece before another's event made it the winner.
-        held = bytes(answer.held)
-        answer.held.clear()
-        await self._write_lines(held)
+    def feed(self, payload: bytes) -> None:
+        """Write the next piece of the body, and after the last one the end of it, if that is a good one."""
         try:
-            while not answer.ended:
-                payload = await answer.read()
-                n_tokens = answer.watcher.feed(payload)
-                core.note_chunk(run.attempt_id, len(payload), n_tokens)
-                await self._write_lines(payload)
-        except IncompleteBody as error:
-            run.report_broken(Reason.TRUNCATED, str(error))
-        except HttpError as error:
-            run.report_broken(Reason.GARBAGE, error.message)
-        else:
-            if not self._exchange.passed_on:
-                run.report_end(answer)
+            lines = self._whole_lines(payload)
+            self._write(self._framed(lines) + self._closing())
+        except Exception as error:  # noqa: BLE001  as above
+            self._problem = error
+        if self._problem is not None or self._unsent or self._answer.ended:
+            self.wake()
 
-    async def _write_lines(self, payload: bytes) -> None:
-        if lines := self._whole_lines(payload):
-            await self._write(self._framed(lines))
+    def wake(self) -> None:
+        """Let the task look again."""
+        if self._news is not None:
+            self._news.set()
+        must_stop = self._exchange.left or self._exchange.aborted is not None
+        if self._scope is not None and must_stop:
+            self._scope.cancel()
+
+    def _write(self, data: bytes) -> None:
+        """Write what the client takes at once. Raises ClientGone."""
+        if not data:
+            return
+        at = self._client.write_nowait(data) if not self._unsent else 0
+        if at < len(data):
+            self._unsent += data[at:] if at else data
+            self._run.pause()
 
     def _whole_lines(self, payload: bytes) -> bytes:
         """Return what of a stream can go on: whole lines (events), so that a break never leaves half of one behind.
@@ -144,24 +141,59 @@ class Relay:
         self._tail = data[-n_kept:]
         return data[:-n_kept]
 
-    async def _write(self, data: bytes) -> None:
-        at = self._client.write_nowait(data)
-        if at < len(data):
-            # A slow client: nothing more is read from the server meanwhile, whose silence is then not its own.
-            self._core.note_paused(self._run.attempt_id, paused=True)
-            await self._client.write(data[at:])
-            self._core.note_paused(self._run.attempt_id, paused=False)
-
     def _framed(self, payload: bytes) -> bytes:
         return encode_chunk(payload) if self._framing is Framing.CHUNKED else payload
 
+    def _closing(self) -> bytes:
+        """Return the end of the body once the answer has ended, and ended well."""
+        answer, exchange = self._answer, self._exchange
+        if not answer.ended or self._is_closed or exchange.aborted is not None:
+            return b""
+        if not (exchange.passed_on or answer.verdict is None):
+            return b""  # the core has yet to be told, and to say what is to be done
+        self._is_closed = True
+        return LAST_CHUNK if self._framing is Framing.CHUNKED else b""
+
+    # --- the client's task ---------------------------------------------------------------------------------
+
+    async def run(self) -> bool:
+        """See the relay to its end; return whether the connection can carry another request. Raises ClientGone."""
+        while True:
+            if self._problem is not None:
+                raise self._problem
+            if self._exchange.left:
+                raise ClientGone
+            if self._exchange.aborted is not None:
+                break
+            if self._unsent:
+                await self._drain()
+            elif self._run.is_read:
+                break
+            else:
+                self._news = anyio.Event()
+                await self._news.wait()
+                self._news = None
+        return await self._end() and not self._close and self._framing is not Framing.CLOSE
+
+    async def _drain(self) -> None:
+        """Write what a slow client has left; nothing is read from the server meanwhile, whose silence is not its own."""
+        self._core.note_paused(self._run.attempt_id, paused=True)
+        data = bytes(self._unsent)
+        with anyio.CancelScope() as self._scope:
+            await self._client.write(data)
+            del self._unsent[: len(data)]
+        self._scope = None
+        self._core.note_paused(self._run.attempt_id, paused=False)
+        if not self._unsent:
+            self._run.resume()
+
     async def _end(self) -> bool:
-        """Write the end of the body; return whether the client got a whole message."""
+        """Write the end of the body if it is still missing; return whether the client got a whole message."""
         answer, aborted = self._answer, self._exchange.aborted
-        if aborted is None:
-            if answer.ended and self._framing is Framing.CHUNKED:
+        if aborted is None or self._is_closed:
+            if answer.ended and not self._is_closed and self._framing is Framing.CHUNKED:
                 await self._client.write(LAST_CHUNK)
-            return answer.ended
+            return answer.ended and not self._unsent
         if self._client.writing or self._unsent or not answer.streams or self._framing is Framing.LENGTH:
             return False  # the message cannot be completed: closing early is what tells the client
         # Else the server has told of the error itself, or of the end, and all that is missing is the end of the body.

@@ -155,6 +155,8 @@ async def start(
             tasks.start_soon(driver.run_timer)
             tasks.start_soon(driver.sweep_pools)
             tasks.start_soon(driver.watch_builds)
+            tasks.start_soon(driver.watch_streams)
+            tasks.start_soon(front.sweep)
             tasks.start_soon(listener.accept_forever, lambda stream: tasks.start_soon(front.serve, stream))
             try:
                 yield Service(app, driver, front, listener.addresses)

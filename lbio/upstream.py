@@ -19,11 +19,12 @@ from lbio.configuration.addresses import parse_server_url
 from lbio.configuration.settings import PoolSettings
 from lbio.http1 import ChunkedDecoder, Framing, HttpError, IncompleteBody, Reader, ResponseHead, parse_response_head
 from lbio.wire.blob_body import Taker
+from lbio.wire.sockets import Sink
 from lbio.wire.streams import Connect, SocketStream, close_now, connect, connect_tls, is_exhaustion
 from lbio.wire.watchers import Watcher
 
 _STREAM_TYPES = (b"application/x-ndjson", b"text/event-stream")
-_INTERIM_MAX = 8  # 1xx answers that are skipped before it is called garbage
+INTERIM_MAX = 8  # 1xx answers that are skipped before it is called garbage
 
 
 class ConnectError(Exception):
@@ -37,12 +38,12 @@ class ConnectError(Exception):
 class Connection:
     """One connection to a server."""
 
-    __slots__ = ("half_sent", "idle_since_ns", "n_requests", "reader", "stream")
+    __slots__ = ("_sock", "half_sent", "idle_since_ns", "reader", "stream")
 
     def __init__(self, stream: ByteStream) -> None:
         self.stream = stream
         self.reader = Reader(stream)
-        self.n_requests = 0
+        self._sock = stream.extra(SocketAttribute.raw_socket, None)  # noqa: S610  not Django's
         self.idle_since_ns = 0
         self.half_sent = False  # a body was begun and not ended, so nothing can follow it
 
@@ -51,11 +52,10 @@ class Connection:
 
         What a server sends unasked (a proxy's 408 before it closes, say) would be taken for the next request's answer.
         """
-        sock = self.stream.extra(SocketAttribute.raw_socket, None)  # noqa: S610  not Django's
-        if sock is None:
+        if self._sock is None:
             return True
         try:
-            sock.recv(1, socket.MSG_PEEK)
+            self._sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return True
         except OSError:
@@ -85,10 +85,23 @@ class Connection:
             await taker.send_to(self.stream)
             self.half_sent = False
 
-    def close(self) -> bool:
-        """Close at once; tell whether that wakes a task which waits for bytes (not in memory, as in tests)."""
+    def give_to(self, sink: Sink) -> bool:
+        """Give the sink all that comes from now on; False where nobody calls back, so that a task has to wait."""
+        return isinstance(self.stream, SocketStream) and self.stream.give_to(sink)
+
+    def look(self) -> None:
+        """Look, now and then, whether the loop still calls back."""
+        if isinstance(self.stream, SocketStream):
+            self.stream.look()
+
+    def keep(self) -> None:
+        """Give nothing to a sink any more."""
+        if isinstance(self.stream, SocketStream):
+            self.stream.keep()
+
+    def close(self) -> None:
+        """Close at once."""
         close_now(self.stream)
-        return isinstance(self.stream, SocketStream)
 
 
 class Endpoint:
@@ -214,26 +227,22 @@ class Answer:
     async def read(self) -> bytes:
         """Return the next piece of the body, b"" at its end (`ended`) or when only framing came.
 
-        Cancelling loses no byte. Raises IncompleteBody, and HttpError for a body that is not HTTP.
+        Raises IncompleteBody, and HttpError for a body that is not HTTP.
         """
-        broken: Exception | None = None
-        data = b""
         try:
             data = await self.connection.reader.more()
         except anyio.BrokenResourceError as error:
-            broken = error
+            self.take_end(str(error))
+            return b""
         except anyio.ClosedResourceError as error:  # by us
             raise IncompleteBody(str(error)) from error
         if data:
-            return self._payload(data)
-        if self._decoder is not None and self.watcher.terminated:
-            self._is_cut = True  # all that is missing is the last chunk
-        elif broken is not None or self.head.framing is not Framing.CLOSE:
-            raise IncompleteBody(str(broken or "the connection ended inside the body")) from broken
-        self.ended = True
+            return self.take(data)
+        self.take_end("")
         return b""
 
-    def _payload(self, data: bytes) -> bytes:
+    def take(self, data: bytes) -> bytes:
+        """Take what came next; return what of it is body, perhaps nothing. Raises HttpError for what is not HTTP."""
         if self._decoder is not None:
             payload = self._decoder.feed(data)
             if self._decoder.finished:
@@ -247,6 +256,14 @@ class Answer:
         self.ended = self._missing == 0
         self.connection.reader.buffered += data[len(payload) :]
         return payload
+
+    def take_end(self, why: str) -> None:
+        """Nothing more comes: the server has ended the connection, or (`why`) it broke. Raises IncompleteBody."""
+        if self._decoder is not None and self.watcher.terminated:
+            self._is_cut = True  # all that is missing is the last chunk
+        elif why or self.head.framing is not Framing.CLOSE:
+            raise IncompleteBody(why or "the connection ended inside the body")
+        self.ended = True
 
     @property
     def verdict(self) -> Reason | None:
@@ -267,7 +284,7 @@ async def read_response_head(connection: Connection, method: str, bytes_max: int
 
     Raises HttpError for what is not HTTP, anyio.BrokenResourceError for a reset.
     """
-    for _ in range(_INTERIM_MAX):
+    for _ in range(INTERIM_MAX):
         raw = await connection.reader.read_head(bytes_max, role="response")
         if raw is None:
             return None

@@ -8,22 +8,21 @@ the request can still go whole, as if it had never been taken apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import anyio
 
 from lbcore.catalog import same_build
-from lbcore.events import Reason
 from lbcore.ollama import canonical_model
 from lbcore.parts import part_count, ready_at_once, shares
 from lbcore.units import counted
 from lbio.answers.local import JSON, PLAIN_JSON, LocalAnswer, error_answer
 from lbio.answers.own import Ask
+from lbio.attempt import AttemptRun
 from lbio.client import BodyBudget
 from lbio.driver import Driver
 from lbio.exchange import ClientRequest, Exchange
-from lbio.http1 import HttpError, IncompleteBody
 from lbio.upstream import Answer
 from lbio.wire.inputs import FORMS, Form, Inputs, Portion, find_inputs, join, read_portion
 
@@ -81,6 +80,30 @@ class Splitter:
         self._too_many[plan.digest] = min(n_inputs, self._too_many.get(plan.digest, n_inputs))
 
 
+class _Collected:
+    """The answer to a part while it comes: it is held, all of it, for as long as there is room."""
+
+    def __init__(self, answer: Answer, hold: Callable[[int], bool]) -> None:
+        self.answer = answer
+        self.over = anyio.Event()
+        self._hold = hold
+        self.has_room = hold(len(answer.held))
+        if answer.ended or not self.has_room:
+            self.over.set()
+
+    def feed(self, payload: bytes) -> None:
+        """Hold the next piece."""
+        if self.has_room:
+            self.answer.held += payload
+            self.has_room = self._hold(len(payload))
+        if self.answer.ended or not self.has_room:
+            self.over.set()
+
+    def wake(self) -> None:
+        """Nothing more comes."""
+        self.over.set()
+
+
 class Parts:
     """The parts of one request while they are under way. `tag` is how its client calls it."""
 
@@ -129,7 +152,9 @@ class Parts:
         names = ", ".join(f"#{request.tag}" for request in requests)
         self._tell(f"{requests[0].head.path} {self._plan.model} in {len(requests)} parts: {names}")
         while requests:
-            self._exchanges.append(self._driver.open(requests.pop(0)))
+            exchange = self._driver.open(requests.pop(0))
+            exchange.on_chosen = self._collect
+            self._exchanges.append(exchange)
         async with anyio.create_task_group() as tasks:
             for index in range(len(self._exchanges)):
                 tasks.start_soon(self._see_through, index, tasks.cancel_scope)
@@ -183,27 +208,18 @@ class Parts:
     async def _read(self, exchange: Exchange) -> Answer | None:
         """Return the whole answer to a part; None when there is none, it broke off, or is more than may be held."""
         await exchange.decided.wait()
-        run = exchange.chosen
-        if run is None or run.answer is None:
+        collected = exchange.relay
+        if not isinstance(collected, _Collected):
             return None
-        answer, core, has_room = run.answer, self._driver, False
-        with exchange.relay_scope:
-            await run.hand_over()
-            try:
-                has_room = self._hold_answer(len(answer.held))
-                while has_room and not answer.ended:
-                    payload = await answer.read()
-                    core.note_chunk(run.attempt_id, len(payload), answer.watcher.feed(payload))
-                    answer.held += payload
-                    has_room = self._hold_answer(len(payload))
-            except IncompleteBody as error:
-                run.report_broken(Reason.TRUNCATED, str(error))
-            except HttpError as error:
-                run.report_broken(Reason.GARBAGE, error.message)
-            else:
-                if answer.ended and not exchange.passed_on:
-                    run.report_end(answer)
-        return answer if has_room and answer.ended and exchange.aborted is None else None
+        await collected.over.wait()
+        answer = collected.answer
+        return answer if collected.has_room and answer.ended and exchange.aborted is None else None
+
+    def _collect(self, exchange: Exchange, run: AttemptRun) -> None:
+        """Begin to hold the answer that was chosen."""
+        if run.answer is not None:
+            exchange.relay = _Collected(run.answer, self._hold_answer)
+            run.resume()
 
     def _hold_answer(self, n_bytes: int) -> bool:
         """Count what was read of an answer; False when it is too much."""

@@ -6,16 +6,17 @@ whatever is ambiguous is refused instead of repaired. The same rules hold for an
 server's, so the status is 502.
 
 Parsing is pure, which makes it safe to remember: real traffic repeats its heads byte for byte, and a look-up
-is some fifty times cheaper than h11. The memo is bounded and never holds a head that was refused.
+is some fifty times cheaper than h11. A memo is bounded and never holds a head that was refused. What else depends on
+nothing but a head (the head that servers get, say) is kept with it, in its `notes`.
 """
 
 import enum
 import functools
 import http
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
 
 import h11
 
@@ -25,6 +26,9 @@ HeaderPairs = tuple[tuple[bytes, bytes], ...]
 HEADER_LINES_MAX: Final = 256
 MEMO_ENTRIES_MAX: Final = 1024
 MEMO_HEAD_BYTES_MAX: Final = 4096  # longer heads are not remembered: 1024 of them stay below 4 MiB
+NOTES_MAX: Final = 8  # kept with one head
+
+_T = TypeVar("_T")
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # h11 lets most through, Go (Ollama) does not
 _FOLDED = re.compile(rb"\r\n[ \t]")
@@ -59,9 +63,28 @@ class Framing(enum.Enum):
     CLOSE = "close"  # until the connection ends; answers only
 
 
+class _Noted:
+    """A head, with what depends on it and nothing else that changes while the program runs."""
+
+    __slots__ = ()
+    notes: dict[Any, Any]
+
+    def noted(self, key: object, find: Callable[[], _T]) -> _T:
+        """Return what is kept under `key`, found when it is wanted for the first time; the oldest makes room."""
+        found: _T | None = self.notes.get(key)
+        if found is None:
+            if len(self.notes) >= NOTES_MAX:
+                del self.notes[next(iter(self.notes))]
+            found = self.notes[key] = find()
+        return found
+
+
 @dataclass(frozen=True, slots=True)
-class RequestHead:
-    """A request's line and headers. `content_length` is in bytes and 0 unless `framing` is LENGTH."""
+class RequestHead(_Noted):
+    """A request's line and headers. `content_length` is in bytes and 0 unless `framing` is LENGTH.
+
+    `path` is the target up to '?'; `http://host/path` is reduced to its path.
+    """
 
     method: str
     target: str
@@ -71,11 +94,12 @@ class RequestHead:
     content_length: int
     keep_alive: bool
     expect_continue: bool  # the client waits for a `100 Continue` before a body that is not empty
+    path: str = field(init=False, compare=False)
+    notes: dict[Any, Any] = field(init=False, compare=False, repr=False)
 
-    @property
-    def path(self) -> str:
-        """The target up to '?'; `http://host/path` is reduced to its path."""
-        return _origin_form(self.target).partition("?")[0]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", _origin_form(self.target).partition("?")[0])
+        object.__setattr__(self, "notes", {})
 
     @property
     def origin_form(self) -> str:
@@ -93,7 +117,7 @@ class RequestHead:
 
 
 @dataclass(frozen=True, slots=True)
-class ResponseHead:
+class ResponseHead(_Noted):
     """An answer's status line and headers. `content_length` is in bytes and 0 unless `framing` is LENGTH."""
 
     status: int
@@ -103,6 +127,10 @@ class ResponseHead:
     framing: Framing
     content_length: int
     keep_alive: bool  # False whenever only a close ends the body
+    notes: dict[Any, Any] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "notes", {})
 
     def header(self, name: bytes) -> bytes | None:
         """Return the first value of `name` (lower case), or None."""
@@ -112,21 +140,45 @@ class ResponseHead:
 Head = RequestHead | ResponseHead
 
 
+_REQUESTS: dict[bytes, RequestHead] = {}
+_RESPONSES: dict[bytes, ResponseHead] = {}
+_RESPONSES_TO_HEAD: dict[bytes, ResponseHead] = {}
+
+
+def known_request(raw: bytes) -> RequestHead | None:
+    """Return a request head that was parsed before, byte for byte."""
+    return _REQUESTS.get(raw)
+
+
+def known_response(raw: bytes) -> ResponseHead | None:
+    """Return the head of an answer to anything but HEAD that was parsed before, byte for byte."""
+    return _RESPONSES.get(raw)
+
+
 def parse_request_head(raw: bytes, *, memo: bool = True) -> RequestHead:
     """Parse a request head that ends with its blank line; `memo=False` neither reads nor fills the memo.
 
     Raises HttpError: 400, 417, 431, 501 or 505.
     """
-    if memo and len(raw) <= MEMO_HEAD_BYTES_MAX:
-        return _request_memo(raw)
-    return _parse_request(raw)
+    return _remembered(_REQUESTS, raw, _parse_request) if memo else _parse_request(raw)
 
 
 def parse_response_head(raw: bytes, method: str, *, memo: bool = True) -> ResponseHead:
     """Parse the head of an answer to a request of that method. Raises HttpError(502)."""
-    if memo and len(raw) <= MEMO_HEAD_BYTES_MAX:
-        return _response_memo(raw, method == "HEAD")
-    return _parse_response(raw, method == "HEAD")
+    known, parse = (_RESPONSES_TO_HEAD, _parse_answer_to_head) if method == "HEAD" else (_RESPONSES, _parse_response)
+    return _remembered(known, raw, parse) if memo else parse(raw)
+
+
+def _remembered(known: dict[bytes, _T], raw: bytes, parse: Callable[[bytes], _T]) -> _T:
+    """Return what is known, or else is found now; a head that is refused raises, and so is never remembered."""
+    head = known.get(raw)
+    if head is None:
+        head = parse(raw)
+        if len(raw) <= MEMO_HEAD_BYTES_MAX:
+            if len(known) >= MEMO_ENTRIES_MAX:
+                del known[next(iter(known))]  # the oldest
+            known[raw] = head
+    return head
 
 
 def _parse_request(raw: bytes) -> RequestHead:
@@ -164,7 +216,11 @@ def _parse_request(raw: bytes) -> RequestHead:
     )
 
 
-def _parse_response(raw: bytes, to_head: bool) -> ResponseHead:  # noqa: FBT001  positional for the memo's sake
+def _parse_answer_to_head(raw: bytes) -> ResponseHead:
+    return _parse_response(raw, to_head=True)
+
+
+def _parse_response(raw: bytes, *, to_head: bool = False) -> ResponseHead:
     _check_raw(raw, 502)
     line = _STATUS_LINE.match(raw)
     if line is None:
@@ -190,11 +246,6 @@ def _parse_response(raw: bytes, to_head: bool) -> ResponseHead:  # noqa: FBT001 
         content_length=content_length,
         keep_alive=framing is not Framing.CLOSE and _keep_alive(headers, http_version),
     )
-
-
-# lru_cache keeps no exceptions, so a head that was refused is never remembered.
-_request_memo = functools.lru_cache(maxsize=MEMO_ENTRIES_MAX)(_parse_request)
-_response_memo = functools.lru_cache(maxsize=MEMO_ENTRIES_MAX)(_parse_response)
 
 
 def _check_raw(raw: bytes, status: int) -> None:

@@ -1,10 +1,13 @@
 """One connected socket as a byte stream, without a transport in between.
 
 anyio's TCP streams pause and resume a transport around each `receive()`, which costs twice what the rest of
-the relay costs (design §8). Here `recv` and `send` are simply tried, and the event loop is asked only when
-they would block. Works on asyncio, uvloop and trio; on Windows anyio's `wait_readable` does what is needed.
+the relay costs (design §8). Here there are two ways to read. Where the event loop calls back when a socket can be
+read (asyncio and uvloop), it is told of the socket once; whatever comes is received in the callback and given to a
+`Sink`, or to the task that waits in `receive`. Elsewhere (trio, Windows, where `lbio.wire.readiness` is told so)
+`recv` is tried, and anyio is asked to wait when it would block.
 """
 
+import asyncio
 import contextlib
 import select
 import socket
@@ -13,11 +16,13 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import anyio
 import anyio.lowlevel
 from anyio.abc import ByteStream, SocketAttribute
+
+from lbio.wire.readiness import loop_with_readers
 
 if sys.platform == "linux":
     import fcntl
@@ -80,6 +85,16 @@ class Watched:
                 self.sock.shutdown(socket.SHUT_RDWR)
 
 
+class Sink(Protocol):
+    """Takes what a stream receives, piece by piece, as it comes. Must not raise."""
+
+    def take(self, data: bytes) -> None:
+        """Take the next piece, never an empty one."""
+
+    def take_end(self, why: str) -> None:
+        """Nothing more comes: the peer has ended the stream, or (`why`) it broke."""
+
+
 class Stream(ByteStream):
     """A byte stream whose connection can be ended without waiting: a socket's, or in tests one in memory."""
 
@@ -100,7 +115,20 @@ class SocketStream(Stream):
     byte. Cancelling `send` leaves a prefix sent; `bytes_sent` (ever) tells how much.
     """
 
-    __slots__ = ("_remote", "_sending", "_sock", "_turn_ends_s", "_watched", "bytes_sent")
+    __slots__ = (
+        "_armed",
+        "_early",
+        "_has_taken",
+        "_loop",
+        "_remote",
+        "_sending",
+        "_sink",
+        "_sock",
+        "_turn_ends_s",
+        "_waiter",
+        "_watched",
+        "bytes_sent",
+    )
 
     def __init__(self, sock: socket.socket, remote_address: tuple[Any, ...] | None = None) -> None:
         sock.settimeout(0)
@@ -109,6 +137,12 @@ class SocketStream(Stream):
         self._sock = sock
         self._watched = Watched(sock)
         self._remote = remote_address  # kept, since a socket forgets its peer once it is reset
+        self._loop = loop_with_readers()  # None: nobody calls back
+        self._armed = False  # the loop calls `_on_readable`
+        self._has_taken = False  # something was given to a sink since the last look
+        self._sink: Sink | None = None
+        self._waiter: asyncio.Future[bytes] | None = None
+        self._early = b""  # received for a task that was cancelled, or wanted less
         self._turn_ends_s = 0.0  # 0: no call has gone on without blocking
         self._sending = False
         self.bytes_sent = 0
@@ -117,9 +151,131 @@ class SocketStream(Stream):
         state = "closed" if self._watched.closed else "open"
         return f"<SocketStream to {self.remote_address} {state}, {self.bytes_sent} bytes sent>"
 
+    # --- reading -------------------------------------------------------------------------------------------
+
+    def give_to(self, sink: "Sink") -> bool:
+        """Give all that comes to `sink`, from the event loop's callback on; False where nobody calls back."""
+        if self._loop is None:
+            return False
+        if self._watched.closed:
+            raise anyio.ClosedResourceError
+        if self._waiter is not None:
+            raise anyio.BusyResourceError("reading from")
+        self._sink = sink
+        self._arm(self._loop)
+        if self._early:
+            early, self._early = self._early, b""
+            sink.take(early)
+        return True
+
+    def keep(self) -> None:
+        """Give nothing to a sink any more: the rest is for `receive`, and stays with the system until then."""
+        self._sink = None
+
+    def look(self) -> None:
+        """Look, now and then, whether the loop has gone silent: only where something has come since the last look.
+
+        libuv, and so uvloop, tells of an error once and then no more, even if bytes are unread that came before it.
+        """
+        if self._armed and self._has_taken and self._loop is not None:
+            try:
+                self._loop.add_reader(self._sock.fileno(), self._on_readable)
+            except RuntimeError:  # it has
+                self._disarm()
+                self._arm(self._loop)
+        self._has_taken = False
+
+    def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._armed:
+            self._armed = True
+            loop.add_reader(self._sock.fileno(), self._on_readable)
+
+    def _disarm(self) -> None:
+        if self._armed and self._loop is not None:
+            self._armed = False
+            if not self._loop.is_closed():
+                self._loop.remove_reader(self._sock.fileno())
+
+    def _on_readable(self) -> None:
+        """Receive what is there, for whoever wants it; the loop is told to be quiet when nobody does."""
+        sink, waiter = self._sink, self._waiter
+        if sink is None and (waiter is None or waiter.done()):
+            self._disarm()
+            return
+        try:
+            data = self._sock.recv(RECEIVE_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            if sink is not None:
+                self._end_sink(sink, str(error) or type(error).__name__)
+            elif waiter is not None:
+                waiter.set_exception(anyio.BrokenResourceError(str(error)))
+            return
+        if sink is None:
+            if waiter is not None:
+                waiter.set_result(data)
+        elif data:
+            self._has_taken = True
+            sink.take(data)
+        else:
+            self._end_sink(sink, "")
+
+    def _end_sink(self, sink: "Sink", why: str) -> None:
+        """Nothing can come any more, and a descriptor that is always readable would keep the loop busy."""
+        self._sink = None
+        self._disarm()
+        sink.take_end(why)
+
     async def receive(self, max_bytes: int = RECEIVE_BYTES) -> bytes:
         """Return 1 to `max_bytes` bytes, as soon as there are any."""
-        if self._turn_ends_s and monotonic() > self._turn_ends_s:
+        if self._watched.closed:
+            raise anyio.ClosedResourceError
+        if self._loop is None:
+            return await self._receive_by_trying(max_bytes)
+        if self._waiter is not None or self._sink is not None:
+            raise anyio.BusyResourceError("reading from")
+        data, self._early = self._early, b""
+        if data:
+            if self._is_turn_over():
+                await self._pause(data)
+        elif not (data := await self._next(self._loop)):
+            raise anyio.EndOfStream
+        if len(data) > max_bytes:
+            data, self._early = data[:max_bytes], data[max_bytes:]
+        return data
+
+    async def _next(self, loop: asyncio.AbstractEventLoop) -> bytes:
+        """Return what the callback receives next."""
+        self._turn_ends_s = 0.0
+        self._has_taken = True
+        self.look()  # where it has gone silent, nothing would come
+        self._arm(loop)
+        waiter = self._waiter = loop.create_future()
+        try:
+            data: bytes = await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._early = waiter.result()  # it had come before the cancellation did
+            raise
+        finally:
+            self._waiter = None
+        return data
+
+    async def _pause(self, data: bytes) -> None:
+        self._early = data
+        await self._yield()
+        self._early = b""
+
+    def _is_turn_over(self) -> bool:
+        """Tell whether the task has gone on for long enough without waiting; the first call begins its turn."""
+        if not self._turn_ends_s:
+            self._turn_ends_s = monotonic() + _TURN_S
+            return False
+        return monotonic() > self._turn_ends_s
+
+    async def _receive_by_trying(self, max_bytes: int) -> bytes:
+        if self._is_turn_over():
             await self._yield()
         while True:
             if self._watched.closed:
@@ -134,42 +290,18 @@ class SocketStream(Stream):
             else:
                 if not data:
                     raise anyio.EndOfStream
-                if not self._turn_ends_s:
-                    self._turn_ends_s = monotonic() + _TURN_S
                 return data
 
-    def receive_nowait(self, max_bytes: int = RECEIVE_BYTES) -> bytes | None:
-        """Return what there is to receive, b"" at the end of the stream; None: nothing yet, or it is others' turn."""
-        if self._watched.closed:
-            raise anyio.ClosedResourceError
-        if not self._turn_ends_s:
-            self._turn_ends_s = monotonic() + _TURN_S
-        elif monotonic() > self._turn_ends_s:
-            return None
-        try:
-            return self._sock.recv(max_bytes)
-        except (BlockingIOError, InterruptedError):
-            self._turn_ends_s = 0.0
-            return None
-        except OSError as error:
-            raise anyio.BrokenResourceError(str(error)) from error
-
-    async def wait_readable(self) -> None:
-        """Wait until `receive` would not block (bytes, end or error) and take nothing."""
-        if self._watched.closed:
-            raise anyio.ClosedResourceError
-        await self._watched.readable()
+    # --- writing -------------------------------------------------------------------------------------------
 
     async def send(self, item: bytes) -> None:
         """Send all of `item`; waits while the peer is slow."""
         if self._sending:
             raise anyio.BusyResourceError("sending to")
-        if self._turn_ends_s and monotonic() > self._turn_ends_s:
+        if self._is_turn_over():
             await self._yield()
         sent = self.send_nowait(item)
         if sent == len(item):
-            if not self._turn_ends_s:
-                self._turn_ends_s = monotonic() + _TURN_S
             return
         self._turn_ends_s = 0.0
         self._sending = True
@@ -246,7 +378,15 @@ class SocketStream(Stream):
 
     def close(self) -> None:
         """Close at once, without waiting for anything; tasks inside `receive` or `send` are woken."""
+        self._end_reading()
         self._watched.close()
+
+    def _end_reading(self) -> None:
+        self._disarm()
+        self._sink = None
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_exception(anyio.ClosedResourceError())
 
     def abort(self) -> None:
         """Close with a reset: what is unsent is thrown away, and the peer sees an error instead of an end."""
@@ -254,6 +394,7 @@ class SocketStream(Stream):
             layout = "hh" if sys.platform == "win32" else "ii"
             with contextlib.suppress(OSError):
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(layout, 1, 0))
+            self._end_reading()
             self._watched.close(end=False)
 
     @property

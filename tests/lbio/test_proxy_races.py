@@ -6,7 +6,6 @@ import anyio
 import pytest
 
 from lbcore.commands import CancelAttempt
-from lbio.attempt import AttemptRun
 from lbio.driver import Driver
 from tests.lbio.kit import Rig, balanced, chat_request, client, specs
 from tests.lbio.sockets_kit import until
@@ -81,27 +80,6 @@ async def test_the_client_has_its_first_token_before_a_loser_is_cancelled(monkey
         monkeypatch.setattr(driver, "_execute", {**driver._execute, CancelAttempt: looking})
         assert (await rig.chat()).status == 200
     assert written == [True, True]
-
-
-@pytest.mark.anyio
-async def test_what_the_attempt_still_reads_after_it_was_chosen_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its task may have been woken by the next piece just before another's event made it the winner."""
-    left = AttemptRun.hand_over
-
-    async def reading_on(run: AttemptRun) -> None:
-        await left(run)
-        assert run.answer is not None
-        if run.answer.ended:  # on a machine so slow that all had come by then
-            return
-        payload = await run.answer.read()
-        run.answer.watcher.feed(payload)
-        run.answer.held += payload
-
-    monkeypatch.setattr(AttemptRun, "hand_over", reading_on)
-    async with balanced(specs("a", token_ms=5)) as rig:
-        answer = await rig.chat()
-    assert answer.body.count(b'"done":false') == 8
-    assert answer.body.count(b'"done":true') == 1
 
 
 @pytest.mark.anyio

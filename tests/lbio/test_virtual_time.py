@@ -38,7 +38,7 @@ async def test_an_idle_client_is_let_go_after_the_idle_timeout() -> None:
         await caller.get("/api/version")  # in time: it begins anew
         began_s = anyio.current_time()
         assert await caller.rest() == b""
-        assert took(began_s) == 75
+        assert 75 <= took(began_s) <= 76  # idle connections are looked at once a second
 
 
 @in_virtual_time
