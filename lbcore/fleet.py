@@ -82,7 +82,7 @@ class Fleet:
         self.servers: dict[int, Server] = {}
         self.stats: dict[str, ModelStats] = {}
         self._holders: dict[str | None, Holders] = {}  # a cache
-        self.version = 0  # changes whenever the catalog does, so that answers made of it can be kept until then
+        self.version = 0  # changes whenever the catalog does, or may, so that answers made of it can be kept until then
         for settings in config.servers:
             self._new_server(settings, 0)
 
@@ -332,7 +332,9 @@ class Fleet:
 
         `changed`: something on it has changed, which a probe under way may have missed; then another one follows.
         """
-        server.outdated = server.outdated or changed
+        if changed and not server.outdated:
+            server.outdated = True
+            self.version += 1
         if server.probe_id:
             server.probe_again = server.probe_again or changed
         elif server.state is not ServerState.DRAINING:

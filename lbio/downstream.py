@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from email.utils import formatdate
@@ -33,6 +34,7 @@ from lbio.configuration.addresses import is_loopback, parse_listen
 from lbio.driver import Driver
 from lbio.exchange import ClientRequest, Exchange, head_parts
 from lbio.http1 import Framing, HeaderPairs, HttpError, RequestHead, parse_request_head, serialize_response
+from lbio.known import Known, View, pinned
 from lbio.relay import Relay
 from lbio.upstream import Answer
 from lbio.wire.blob_body import BlobBody
@@ -60,6 +62,7 @@ class Front:
         self.own = OwnAnswers(driver, self.admin, self.gate)
         self.bodies = BodyBudget(driver.app.limits.bodies_bytes_max)
         self.splitter = Splitter(driver)
+        self._notes = f"known to {driver.via}"  # under which that is kept with a head
         self._ids: Iterator[int] = itertools.count(1)
         self.connections: dict[int, ClientConnection] = {}
         self._connection_ids: Iterator[int] = itertools.count(1)
@@ -70,13 +73,37 @@ class Front:
         number = next(self._ids)
         return number, f"{self.driver.boot}-{number}"
 
-    def judge(self, head: RequestHead) -> Verdict:
+    def known(self, head: RequestHead) -> Known:
+        """Return what can be told of a request by its head alone."""
+        found: Known | None = head.notes.get(self._notes)
+        return found if found is not None else head.noted(self._notes, partial(self._find, head))
+
+    def _find(self, head: RequestHead) -> Known:
+        route, servers = find_route(head.path), pinned(head)
+        stages = self.own.stages_for(head, route)
+        content_type = head.header(b"content-type") or b""
+        uploads = head.method == "POST" and route.uploads
+        found = servers if servers is not None else ()
+        shape = shape_of(head.path)
+        return Known(route, shape, self._judge(head), stages, uploads, found, servers is not None, content_type)
+
+    def _judge(self, head: RequestHead) -> Verdict:
         """Tell what a request comes to by the web page that makes it; `admin` is stricter, and judges its own."""
         origin = head.header(b"origin")
         if not (origin or self._cors.checks_host) or self.admin.is_admin(head.path):
             return NOTHING
         host, methods = head.header(b"host") or b"", find_route(head.path).methods
         return self._cors.judge(head.method, origin or b"", host, methods)
+
+    def head_parts(
+        self, head: RequestHead, n_body_bytes: int | None, peer: str, *, plain: bool
+    ) -> tuple[bytes, bytes]:
+        """Return a head as servers get it. Raises ValueError for an illegal header."""
+        app = self.driver.app
+        headers = upstream_headers(head, n_body_bytes, peer, app.proxy.forwarded, plain=plain, via=self.driver.via)
+        if self.gate is not None:  # a key is for us, and for nobody else
+            headers = [pair for pair in headers if pair[0] not in CLIENT_KEYS]
+        return head_parts(head, headers)
 
     def admit(self, head: RequestHead, peer: str, verdict: Verdict) -> Key | LocalAnswer | None:
         """Return the key of a request, or the answer to it if it lacks the one it needs, or needs none."""
@@ -203,14 +230,16 @@ class ClientConnection:
                     return False
                 self._is_idle = False
                 head = parse_request_head(raw)
-                verdict = self._front.judge(head)
+                known = self._front.known(head)
+                verdict = known.verdict
                 self._cors_headers = verdict.headers
-                admitted = self._front.admit(head, self._client.peer, verdict)
-                if isinstance(admitted, LocalAnswer):
-                    self._client.skip_body(head)
-                    return await self._respond(admitted, head)
-                self._key = admitted
-                body = await self._read_body(head)
+                if self._front.gate is not None:
+                    admitted = self._front.admit(head, self._client.peer, verdict)
+                    if isinstance(admitted, LocalAnswer):
+                        self._client.skip_body(head)
+                        return await self._respond(admitted, head)
+                    self._key = admitted
+                body = b"" if head.framing is Framing.NONE else await self._read_body(head, known)
             except HttpError as error:
                 self._is_idle = False
                 shape = shape_of(head.path) if head is not None else Shape.NATIVE
@@ -220,28 +249,34 @@ class ClientConnection:
                 return False
             if verdict.answer is not None:
                 return await self._respond(verdict.answer, head)
-            return await self._answer(head, body)
+            if known.view is not None and self._is_current(known.view):
+                await self._client.write(known.view.data)
+                return True
+            ask = Ask(head, known, body, self._client.peer, self._key)
+            found = await self._front.own.find(ask) if known.stages else None
+            if found is None:
+                return await self._forward(ask)
+            return await self._respond(found, head, view_of=known if found.is_view else None)
         finally:
             self._client.let_go()
 
-    async def _read_body(self, head: RequestHead) -> bytes:
+    async def _read_body(self, head: RequestHead, known: Known) -> bytes:
         """Return the body of a request; b"" for an upload, which is not read before somebody takes it."""
-        if head.framing is Framing.NONE:
-            return b""
-        if not _uploads(head):
+        if not known.uploads:
             return await self._client.read_body(head)
         self._client.expect_body(head)
         return b""
 
-    async def _answer(self, head: RequestHead, body: bytes) -> bool:
-        ask = Ask(head, body, self._client.peer, self._key)
-        found = await self._front.own.find(ask)
-        return await self._respond(found, head) if found is not None else await self._forward(ask)
-
     # --- answers of our own --------------------------------------------------------------------------------
 
     async def _respond(
-        self, answer: LocalAnswer, head: RequestHead | None, *, close: bool = False, extra: HeaderPairs = ()
+        self,
+        answer: LocalAnswer,
+        head: RequestHead | None,
+        *,
+        close: bool = False,
+        extra: HeaderPairs = (),
+        view_of: Known | None = None,
     ) -> bool:
         close = close or self._must_close(head)
         headers = [*answer.headers, *extra, *self._cors_headers]
@@ -253,12 +288,19 @@ class ClientConnection:
         headers += _connection_header(head, close=close)
         body = b"" if head is not None and head.method == "HEAD" else answer.body
         written = serialize_response(answer.status, headers)
+        if view_of is not None and not close:
+            view_of.view = View(self._driver.balancer.fleet.version, int(time.time()), written + body)
         if len(body) <= _JOIN_BYTES_MAX:
             await self._client.write(written + body)
         else:
             await self._client.write(written)
             await self._client.write(body)
         return not close
+
+    def _is_current(self, view: View) -> bool:
+        """Tell whether an answer made of the catalog can be given again: that is the same, and so is the `Date`."""
+        fleet, front = self._driver.balancer.fleet, self._front
+        return view.version == fleet.version and view.second == int(time.time()) and not front.draining
 
     def _must_close(self, head: RequestHead | None) -> bool:
         return head is None or not head.keep_alive or self._front.draining or self._client.in_body
@@ -404,24 +446,22 @@ class ClientConnection:
 
     def _client_request(self, ask: Ask, named: tuple[int, str], body: bytes | None = None) -> ClientRequest:
         """Return what the core and the servers get. Raises ValueError for an illegal header."""
-        (number, tag), head, route = named, ask.head, ask.route
+        (number, tag), head, route, known = named, ask.head, ask.route, ask.known
         body = ask.body if body is None else body
         upload: BlobBody | None = None
         n_bytes: int | None = len(body)
-        if _uploads(head) and head.framing is not Framing.NONE:
+        if known.uploads and head.framing is not Framing.NONE:
             n_bytes = head.content_length if head.framing is Framing.LENGTH else None
             upload = BlobBody(n_bytes, self._driver.balancer.config.timeouts.silence_ns / SECOND_NS)
-        forwarded, via = self._driver.app.proxy.forwarded, self._driver.via
         plain = route.generates or ask.show_key is not None
-        headers = upstream_headers(head, n_bytes, self._client.peer, forwarded, plain=plain, via=via)
-        if self._front.gate is not None:  # a key is for us, and for nobody else
-            headers = [pair for pair in headers if pair[0] not in CLIENT_KEYS]
-        parts = head_parts(head, headers)
-        shape, key = shape_of(head.path), ask.key.name if ask.key is not None else ""
+        make = partial(self._front.head_parts, head, n_bytes, self._client.peer, plain=plain)
+        parts = known.parts((n_bytes, self._client.peer, plain), make)
+        key = ask.key.name if ask.key is not None else ""
         servers = ask.servers
         if servers:  # of more names than there are servers, one is unknown, and that is all that is to be said of them
             servers = servers[: len(self._driver.balancer.fleet.servers) + 1]
-        return ClientRequest(number, tag, head, route, shape, ask.facts, body, parts, servers, upload, key, ask.place)
+        facts, shape = ask.facts, known.shape
+        return ClientRequest(number, tag, head, route, shape, facts, body, parts, servers, upload, key, ask.place)
 
     def _begin_relay(self, ask: Ask, exchange: Exchange, run: AttemptRun) -> None:
         if run.answer is not None:
@@ -444,11 +484,6 @@ class ClientConnection:
         retry_after_s = refusal.retry_after_s if refusal is not None else 0
         answer = error_answer(request.shape, status, message, request.tag, retry_after_s=retry_after_s)
         return await self._respond(answer, request.head, extra=_of(exchange))
-
-
-def _uploads(head: RequestHead) -> bool:
-    """Tell whether the body of a request is passed on as it comes."""
-    return head.method == "POST" and find_route(head.path).uploads
 
 
 def _of(exchange: Exchange) -> HeaderPairs:

@@ -28,6 +28,7 @@ class LocalAnswer:
     content_type: bytes
     body: bytes
     headers: HeaderPairs = ()
+    is_view: bool = False  # it is the same for everybody until the catalog changes
 
 
 def json_answer(status: int, value: object) -> LocalAnswer:

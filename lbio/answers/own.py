@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import anyio
 
@@ -32,6 +31,7 @@ from lbio.answers.shows import Shows
 from lbio.configuration.settings import Right
 from lbio.driver import Driver
 from lbio.http1 import HeaderPairs, RequestHead
+from lbio.known import Known, Stage
 from lbio.wire.bodies import read_facts
 from lbio.wire.headers import has_passed
 from lbio.wire.model_place import ModelPlace, PlacelessError, find_place
@@ -41,7 +41,7 @@ SERVER_HEADER = PIN_HEADER.encode()
 MODEL_HEADER = b"X-Ollama-LB-Model"
 """In which the answer to a request for an alias tells which model gave it."""
 
-_PIN = SERVER_HEADER.lower()
+_OWN = frozenset({Strategy.LOCAL, Strategy.AGGREGATE})
 _LOOP = "this request has been here before: a server that it was sent to leads back to this load balancer"
 _SETTLE_S = 2.0
 """How long a merged view waits for the first probes after the start."""
@@ -49,11 +49,12 @@ _OUTDATED_S = 0.5
 """How long it waits for those servers that have changed since they were last read."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Ask:
     """What one client asks, as far as it can be told without asking anybody."""
 
     head: RequestHead
+    known: Known
     body: bytes
     peer: str
     key: Key | None = None
@@ -65,29 +66,31 @@ class Ask:
     """Which the model named is."""
     place: ModelPlace | None = None
     """Where the body names the alias."""
+    _facts: BodyFacts | None = None
 
-    @cached_property
+    @property
     def route(self) -> Route:
         """The route of the path."""
-        return find_route(self.head.path)
+        return self.known.route
 
-    @cached_property
+    @property
     def facts(self) -> BodyFacts:
         """What the body, or the path, says that decides where it goes."""
-        facts = read_facts(self.route, self.head.method, self.body, self.head.header(b"content-type") or b"")
-        model = model_in_path(self.route, self.head.path)
-        return facts if model is None else replace(facts, model=model)
+        if self._facts is None:
+            facts = read_facts(self.route, self.head.method, self.body, self.known.content_type)
+            model = model_in_path(self.route, self.head.path)
+            self._facts = facts if model is None else replace(facts, model=model)
+        return self._facts
 
-    @cached_property
+    @property
     def servers(self) -> tuple[str, ...]:
         """The names of the servers that the client wants to be asked; () when it leaves that to us."""
-        value = (self.head.header(_PIN) or b"").decode(errors="replace")
-        return tuple(dict.fromkeys(name for part in value.split(",") if (name := part.strip())))
+        return self.known.servers
 
     @property
     def is_pinned(self) -> bool:
         """Whether the client names servers, or tries to."""
-        return self.head.header(_PIN) is not None
+        return self.known.is_pinned
 
 
 class OwnAnswers:
@@ -99,23 +102,27 @@ class OwnAnswers:
         self._gate = gate
         self.shows = Shows()
         self._lb = LbModel(admin.told, admin.explainer.explain)
-        cli = driver.app.cli_extras
-        self._stages: Sequence[Callable[[Ask], Awaitable[LocalAnswer | None]]] = (
-            self._loop,
-            self._management,
-            self._settled_by_head,
-            *((self._lb_model,) if cli else ()),
-            self._forbidden_models,
-            *((self._cli_view,) if cli else ()),
-            self._lists_for_some,
-            self._view,
-            *([self._named_by_alias] if driver.balancer.config.aliases else []),
-            self._kept_show,
+        cli, config = driver.app.cli_extras, driver.balancer.config
+        self._stages: Sequence[tuple[Stage, Callable[[RequestHead, Route], bool]]] = (
+            (self._loop, lambda head, _: has_passed(head, driver.via)),
+            (self._management, lambda head, _: admin.is_admin(head.path)),
+            (self._settled_by_head, lambda head, _: preliminary_answer(head) is not None),
+            (self._lb_model, lambda head, route: cli and route.name in lb_model.ROUTES and is_cli(head)),
+            (self._forbidden_models, lambda _, __: gate is not None),
+            (self._cli_view, lambda head, route: cli and route.name in VIEWS and is_cli(head)),
+            (self._lists_for_some, lambda _, route: gate is not None and route.name in LISTS),
+            (self._view, lambda _, route: config.route(route.name).strategy in _OWN),
+            (self._named_by_alias, lambda _, route: bool(config.aliases) and route.takes_alias),
+            (self._kept_show, lambda _, route: route.name == "/api/show"),
         )
+
+    def stages_for(self, head: RequestHead, route: Route) -> tuple[Stage, ...]:
+        """Return those that may have an answer, as far as the head tells."""
+        return tuple(stage for stage, may_answer in self._stages if may_answer(head, route))
 
     async def find(self, ask: Ask) -> LocalAnswer | None:
         """Return the answer of the first stage that has one; None: a server is to give it."""
-        for stage in self._stages:
+        for stage in ask.known.stages:
             answer = await stage(ask)
             if answer is not None:
                 return answer
@@ -125,8 +132,6 @@ class OwnAnswers:
         return error_answer(shape_of(ask.head.path), 508, _LOOP) if has_passed(ask.head, self._driver.via) else None
 
     async def _management(self, ask: Ask) -> LocalAnswer | None:
-        if not self._admin.is_admin(ask.head.path):
-            return None
         return await self._admin.answer(ask.head, ask.body, ask.peer, has_key=ask.key is not None)
 
     async def _settled_by_head(self, ask: Ask) -> LocalAnswer | None:
@@ -134,11 +139,11 @@ class OwnAnswers:
 
     async def _lb_model(self, ask: Ask) -> LocalAnswer | None:
         """Answer the CLI for the model that is this balancer, unless there is one of that name."""
-        if ask.route.name not in lb_model.ROUTES or canonical_model(ask.facts.model or "") != lb_model.NAME:
+        if canonical_model(ask.facts.model or "") != lb_model.NAME:
             return None
         balancer = self._driver.balancer
         taken = lb_model.NAME in balancer.config.aliases or balancer.fleet.holders(lb_model.NAME)
-        if taken or ask.is_pinned or not is_cli(ask.head):
+        if taken or ask.is_pinned:
             return None
         return await self._lb.answer(ask.route.name, ask.facts, ask.body, self._why_not_managed(ask))
 
@@ -164,7 +169,7 @@ class OwnAnswers:
 
     async def _cli_view(self, ask: Ask) -> LocalAnswer | None:
         """Show the CLI of what the fleet is made."""
-        if ask.route.name not in VIEWS or ask.is_pinned or not is_cli(ask.head):
+        if ask.is_pinned:
             return None
         if self._driver.balancer.config.route(ask.route.name).strategy is not Strategy.AGGREGATE:
             return None
@@ -175,7 +180,7 @@ class OwnAnswers:
 
     async def _lists_for_some(self, ask: Ask) -> LocalAnswer | None:
         """Answer lists for a key that is for some models, and so is shown no others."""
-        if ask.key is None or ask.key.models.is_all or ask.route.name not in LISTS:
+        if ask.key is None or ask.key.models.is_all:
             return None
         await self._settled()
         fleet = self._driver.balancer.fleet
@@ -188,13 +193,15 @@ class OwnAnswers:
 
     async def _view(self, ask: Ask) -> LocalAnswer | None:
         """Answer what is made of what is known of all servers; who names one gets that server's own."""
-        strategy = self._driver.balancer.config.route(ask.route.name).strategy
-        if ask.is_pinned or strategy not in {Strategy.LOCAL, Strategy.AGGREGATE}:
+        if ask.is_pinned:
             return None
         if ask.route.name in NEEDS_SERVERS:
             await self._settled()
         balancer = self._driver.balancer
-        return answer_route(ask.route, ask.head.path, balancer.fleet, balancer.config.aliases.values())
+        answer = answer_route(ask.route, ask.head.path, balancer.fleet, balancer.config.aliases.values())
+        if answer is None or self._gate is not None or answer.status != 200:
+            return answer
+        return replace(answer, is_view=not any(server.outdated for server in balancer.fleet))
 
     async def _named_by_alias(self, ask: Ask) -> LocalAnswer | None:
         """Find out whether an alias is asked for, and where the body says so; refuse one that does not tell."""
@@ -202,7 +209,7 @@ class OwnAnswers:
         if ask.alias is None:
             return None
         try:
-            ask.body, ask.place = find_place(ask.body, ask.head.header(b"content-type") or b"")
+            ask.body, ask.place = find_place(ask.body, ask.known.content_type)
         except PlacelessError as error:
             message = f"'{ask.alias.name}' is an alias here, and no model can be put in its place: {error}"
             return error_answer(ask.route.shape, 400, message)
@@ -215,10 +222,10 @@ class OwnAnswers:
         model = model_now(ask.alias, self._driver.balancer.fleet)
         if model is None or is_own_name(ask.alias, model):
             return replace(ask, alias=None, place=None)
-        return replace(ask, body=ask.place.renamed(ask.body, model)[0], alias=None, place=None)
+        return replace(ask, body=ask.place.renamed(ask.body, model)[0], alias=None, place=None, _facts=None)
 
     async def _kept_show(self, ask: Ask) -> LocalAnswer | None:
-        if ask.route.name != "/api/show" or ask.is_pinned:
+        if ask.is_pinned:
             return None
         fleet, model = self._driver.balancer.fleet, ask.facts.model
         if ask.alias is not None:
