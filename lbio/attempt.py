@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections.abc import Callable
 from typing import Protocol
 
 import anyio
@@ -98,6 +99,7 @@ class AttemptRun:
         "exchange",
         "is_read",
         "sent_as",
+        "splice",
     )
 
     def __init__(
@@ -115,6 +117,7 @@ class AttemptRun:
         self.sent_as = exchange.sent_as  # the model that the server is asked for; "": the one that the client names
         self.answer: Answer | None = None
         self.chosen = False
+        self.splice: Callable[[bytes], int] | None = None  # the relay's, for what can be passed on as it is
         self.is_read = False  # nothing more is taken: the answer has ended or broken off, or is not wanted
         self._core = core
         self._head_bytes_max = head_bytes_max
@@ -307,6 +310,9 @@ class AttemptRun:
 
     def take(self, data: bytes) -> None:
         """Take the next piece of the answer."""
+        if self.splice is not None and (n_bytes := self.splice(data)):
+            self._core.note_chunk(self.attempt_id, n_bytes, 1)
+            return
         answer = self.answer
         try:
             if answer is None:

@@ -71,6 +71,7 @@ class ClientStream:
         "_is_gone",
         "_limits",
         "_on_left",
+        "_send_nowait",
         "_settings",
         "_stream",
         "_write_timeout_s",
@@ -83,6 +84,7 @@ class ClientStream:
 
     def __init__(self, stream: ByteStream, settings: ClientSettings, limits: LimitSettings, bodies: BodyBudget) -> None:
         self._stream = stream
+        self._send_nowait = stream.send_nowait if isinstance(stream, SocketStream) else None
         self._settings = settings
         self._limits = limits
         self._bodies = bodies
@@ -275,10 +277,10 @@ class ClientStream:
         """Write what fits into the socket's buffer; return how much that was. Raises ClientGone."""
         if self._is_gone:
             raise ClientGone
-        if not isinstance(self._stream, SocketStream):
+        if self._send_nowait is None:
             return 0
         try:
-            return self._stream.send_nowait(data)
+            return self._send_nowait(data)
         except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
             raise ClientGone(str(error)) from error
 

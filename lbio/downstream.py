@@ -46,6 +46,8 @@ _JOIN_BYTES_MAX = 65536
 _LOOKS_PER_TIMEOUT = 8
 """An idle connection is closed at most an eighth of its time too late."""
 
+TAG_HEADER = b"X-Ollama-LB-Request-Id"
+N_HEADER = b"X-Ollama-LB-Attempts"
 _SHUTTING_DOWN = "the load balancer is shutting down"
 
 
@@ -467,8 +469,9 @@ class ClientConnection:
         if run.answer is not None:
             relay = exchange.relay = self._new_relay(ask, exchange, run, run.answer)
             used = ((MODEL_HEADER, run.sent_as.encode()),) if run.sent_as else ()
-            ours = ((SERVER_HEADER, run.endpoint.name.encode()), *used, *_of(exchange), *self._cors_headers)
-            relay.begin(close=self._must_close(exchange.request.head), ours=ours)
+            ours = ((SERVER_HEADER, run.endpoint.name.encode()), *used, *self._cors_headers)
+            about = b"%s: %s\r\n%s: %d\r\n" % (TAG_HEADER, exchange.request.tag.encode(), N_HEADER, exchange.n_attempts)
+            relay.begin(close=self._must_close(exchange.request.head), ours=ours, about=about)
 
     def _new_relay(self, ask: Ask, exchange: Exchange, run: AttemptRun, answer: Answer) -> Relay:
         if ask.show_key is not None and run.sent_as == ask.show_model and answer.head.status < 400:
@@ -491,7 +494,7 @@ def _of(exchange: Exchange) -> HeaderPairs:
 
 
 def _about(tag: str, n_attempts: int) -> HeaderPairs:
-    return ((b"X-Ollama-LB-Request-Id", tag.encode()), (b"X-Ollama-LB-Attempts", b"%d" % n_attempts))
+    return ((TAG_HEADER, tag.encode()), (N_HEADER, b"%d" % n_attempts))
 
 
 def _connection_header(head: RequestHead | None, *, close: bool) -> list[tuple[bytes, bytes]]:

@@ -5,6 +5,7 @@ chunked decoder of our own: h11's needs a connection with the whole dialogue beh
 we want to.
 """
 
+import functools
 import re
 from collections.abc import AsyncIterator, Callable
 from typing import Final, Literal, Self
@@ -48,6 +49,7 @@ __all__ = [
     "parse_response_head",
     "serialize_request",
     "serialize_response",
+    "size_line",
 ]
 
 Role = Literal["request", "response"]
@@ -75,6 +77,16 @@ class IncompleteBody(Exception):  # noqa: N818  it is an outcome as much as an e
 def encode_chunk(data: bytes) -> bytes:
     """Frame one chunk; empty data gives nothing, since an empty chunk would end the body."""
     return b"%x\r\n%s\r\n" % (len(data), data) if data else b""
+
+
+@functools.lru_cache(maxsize=4096)
+def size_line(n_bytes: int) -> bytes:
+    """Return how a single chunk begins that is `n_bytes` long with its framing; b"" if none can be."""
+    for n_digits in range(1, 16):
+        n_payload = n_bytes - n_digits - 4
+        if n_payload > 0 and len(b"%x" % n_payload) == n_digits:
+            return b"%x\r\n" % n_payload
+    return b""
 
 
 def _whole_chunks(data: bytes, at: int, payload: list[bytes]) -> int:
@@ -130,6 +142,11 @@ class ChunkedDecoder:
             else:
                 at = after
         return payload[0] if len(payload) == 1 else b"".join(payload)
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether what has come so far ended with a chunk."""
+        return self._expect == "size" and not self._pending
 
     def _line(self, data: bytes, at: int) -> int:
         """Consume the line that starts at `at`; return where it ends, or -1 while it is incomplete."""

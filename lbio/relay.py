@@ -16,10 +16,10 @@ from lbio.http1 import (
     HeaderPairs,
     ResponseHead,
     encode_chunk,
-    serialize_response,
+    size_line,
 )
 from lbio.upstream import Answer
-from lbio.wire.headers import downstream_headers
+from lbio.wire.headers import written_head
 
 _TAIL_BYTES_MAX = 65536
 """A line whose beginning is longer than this is passed on as it comes."""
@@ -41,6 +41,7 @@ class Relay:
 
     __slots__ = (
         "_answer",
+        "_at_rest",
         "_client",
         "_close",
         "_core",
@@ -71,13 +72,15 @@ class Relay:
         self._tail = b""  # the beginning of a line, kept back until the rest of it has come
         self._is_line_open = False  # the client has got the beginning of a line
         self._is_closed = False  # the end of the body was written, or is unsent
+        self._at_rest = False  # all that has come is on its way, and ended with a line and a chunk
 
     # --- called as things happen, never waiting ------------------------------------------------------------
 
-    def begin(self, *, close: bool, ours: HeaderPairs) -> None:
+    def begin(self, *, close: bool, ours: HeaderPairs, about: bytes) -> None:
         """Write the head and what is held; what goes wrong shows in `run`.
 
         Called as the answer is chosen: the client has its first token before the losers are let go.
+        `ours` are headers that many answers have, `about` are lines of the head that belong to this one.
         """
         self._close = close
         try:
@@ -85,10 +88,11 @@ class Relay:
             held = bytes(answer.held)
             answer.held.clear()
             lines = self._whole_lines(held)
-            client_head = self._exchange.request.head
-            headers, self._framing = downstream_headers(self._head(len(lines)), client_head, close=close, ours=ours)
-            head = serialize_response(answer.head.status, headers, answer.head.reason)
-            self._write(head + self._framed(lines) + self._closing())
+            head, self._framing = written_head(self._head(len(lines)), self._exchange.request.head, ours, close=close)
+            self._write(b"".join((head, about, b"\r\n", self._framed(lines), self._closing())))
+            if type(self) is Relay and self._framing is answer.head.framing is Framing.CHUNKED:
+                self._at_rest = self._is_at_rest()
+                self._run.splice = self.splice
         except Exception as error:  # noqa: BLE001  it is the client's connection that fails, not the core's commands
             self._problem = error
         if not self._unsent and self._problem is None:
@@ -98,6 +102,23 @@ class Relay:
         """Return the head that the server gave; `n_bytes` of the body are at hand."""
         return self._answer.head
 
+    def splice(self, data: bytes) -> int:
+        """Pass on what was received, as it is, if it is one chunk with one ordinary line, one token.
+
+        Such a line is all that mostly comes, and nothing of it needs to be taken apart or framed anew. Returns how many
+        bytes of a body that was; 0: it is for `feed`.
+        """
+        begin = size_line(len(data))
+        if not self._at_rest or not self._answer.watcher.is_ordinary(data, begin):
+            return 0
+        try:
+            self._write(data)
+        except ClientGone as error:
+            self._problem = error
+        if self._unsent or self._problem is not None:
+            self.wake()
+        return len(data) - len(begin) - 2
+
     def feed(self, payload: bytes) -> None:
         """Write the next piece of the body, and after the last one the end of it, if that is a good one."""
         try:
@@ -105,6 +126,7 @@ class Relay:
             self._write(self._framed(lines) + self._closing())
         except Exception as error:  # noqa: BLE001  as above
             self._problem = error
+        self._at_rest = self._is_at_rest()
         if self._problem is not None or self._unsent or self._answer.ended:
             self.wake()
 
@@ -115,6 +137,9 @@ class Relay:
         must_stop = self._exchange.left or self._exchange.aborted is not None
         if self._scope is not None and must_stop:
             self._scope.cancel()
+
+    def _is_at_rest(self) -> bool:
+        return not self._tail and self._answer.is_at_rest
 
     def _write(self, data: bytes) -> None:
         """Write what the client takes at once. Raises ClientGone."""

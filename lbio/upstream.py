@@ -266,6 +266,11 @@ class Answer:
         self.ended = True
 
     @property
+    def is_at_rest(self) -> bool:
+        """Whether what has come so far ended with a chunk, and with a line."""
+        return self._decoder is not None and self._decoder.is_at_rest and not self.watcher.partial and not self.ended
+
+    @property
     def verdict(self) -> Reason | None:
         """What is wrong with an answer that has ended; None: nothing."""
         self.watcher.end()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lbio.configuration.settings import Forwarded
-from lbio.http1 import Framing, HeaderPairs, Headers, RequestHead, ResponseHead
+from lbio.http1 import Framing, HeaderPairs, Headers, RequestHead, ResponseHead, serialize_response
 
 HOP_BY_HOP = frozenset(
     {
@@ -110,6 +110,21 @@ def downstream_headers(
     elif request.http_version == "1.0":
         headers.append((b"Connection", b"keep-alive"))
     return headers, framing
+
+
+def written_head(
+    head: ResponseHead, request: RequestHead, ours: HeaderPairs, *, close: bool
+) -> tuple[bytes, Framing]:
+    """Return the head of an answer as the client gets it, without its blank line, and how its body is framed.
+
+    Servers say the same over and over, so it is kept with the head that it was made of.
+    """
+
+    def write() -> tuple[bytes, Framing]:
+        headers, framing = downstream_headers(head, request, close=close, ours=ours)
+        return serialize_response(head.status, headers, head.reason)[:-2], framing
+
+    return head.noted((request.http_version, request.method == "HEAD", close, ours), write)
 
 
 _CANONICAL: dict[bytes, bytes] = {}

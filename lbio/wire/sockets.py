@@ -309,7 +309,9 @@ class SocketStream(Stream):
             with memoryview(item) as view:
                 while sent < len(item):
                     await self._watched.writable()
-                    sent += self._send_some(view[sent:])
+                    self._sending = False
+                    sent += self.send_nowait(view[sent:])
+                    self._sending = True
         finally:
             self._sending = False
 
@@ -317,9 +319,6 @@ class SocketStream(Stream):
         """Send what fits into the socket's buffer and return how many bytes that was (0: it would block)."""
         if self._sending:
             raise anyio.BusyResourceError("sending to")
-        return self._send_some(data)
-
-    def _send_some(self, data: bytes | bytearray | memoryview) -> int:
         if self._watched.closed:
             raise anyio.ClosedResourceError
         try:

@@ -44,6 +44,7 @@ class _Format:
     suspicious: re.Pattern[bytes]
     judge: Callable[[bytes], Mark]
     marker: bytes = b"\0"
+    ordinary: bytes = b""  # how a line (an event) ends that is a token and has no mark, unless `never` is in it
     says: Callable[[bytes], bool] | None = None  # None: all do
 
     def with_crlf(self) -> _Format:
@@ -119,7 +120,14 @@ def _judge_events(complete: tuple[bytes, ...], failed: tuple[bytes, ...]) -> Cal
 _BESIDES = rb'finish_reason"\s*:\s*"|choices"\s*:\s*\[\]|model"\s*:\s*""'
 _OPENAI_BESIDES = re.compile(rb'"(?:%s)' % _BESIDES)
 _FORMATS: Mapping[Ending, _Format] = {
-    Ending.NDJSON_DONE: _Format(b"\n", b"\n", re.compile(rb'"done"\s*:\s*true|"error"\s*:'), _judge_ndjson),
+    Ending.NDJSON_DONE: _Format(
+        b"\n",
+        b"\n",
+        re.compile(rb'"done"\s*:\s*true|"error"\s*:'),
+        _judge_ndjson,
+        # In a JSON object that ends so, no text is open before the comma: it is the last `done` of the object itself.
+        ordinary=b',"done":false}\n',
+    ),
     Ending.NDJSON_SUCCESS: _Format(b"\n", b"\n", re.compile(rb'"success"|"error"\s*:'), _judge_ndjson),
     Ending.SSE_DONE: _Format(
         b"\n\n",
@@ -147,10 +155,12 @@ _FORMATS: Mapping[Ending, _Format] = {
 class Watcher:
     """Counts tokens and looks for the end of one stream."""
 
-    __slots__ = ("_format", "at_line_start", "complete", "failed", "n_tokens", "partial")
+    __slots__ = ("_format", "_ordinary_chunk", "at_line_start", "complete", "failed", "n_tokens", "partial")
 
     def __init__(self, ending: Ending) -> None:
         self._format = _FORMATS.get(ending)
+        ordinary = self._format.ordinary if self._format is not None else b""
+        self._ordinary_chunk = ordinary + b"\r\n" if ordinary else b"\0"
         self.partial = bytearray()  # the beginning of a line (of an event) whose rest has not come
         self.n_tokens = 0
         self.complete = ending is Ending.FRAMING  # the terminator was seen, or none is needed
@@ -183,6 +193,22 @@ class Watcher:
         n_tokens = data.count(form.token, 0, end)
         self.n_tokens += n_tokens
         return n_tokens
+
+    def is_ordinary(self, chunk: bytes, size_line: bytes) -> bool:
+        """Tell whether a chunk, with its framing, is one ordinary line; if it is, it was fed, and is one token.
+
+        `size_line` is what it must begin with. All that came before has to have ended with a line. No JSON is read.
+        """
+        if (
+            not chunk.endswith(self._ordinary_chunk)
+            or not size_line
+            or not chunk.startswith(size_line)
+            or chunk.find(b"\n", len(size_line)) != len(chunk) - 3
+            or b'"error"' in chunk
+        ):
+            return False
+        self.n_tokens += 1
+        return True
 
     def end(self) -> None:
         """Take what is left for a line: some leave out the newline at the very end."""
