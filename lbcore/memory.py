@@ -64,6 +64,8 @@ class Limits:
     """More, where servers have more models than that in all: copying the state takes longer then."""
     bytes_max: int = 32 << 20
     """Of all segments, about; one of them has an eighth of that."""
+    under_way: int = 250
+    """A state with more requests than that under way is not copied: it would take so long that streams felt it."""
     rest_bytes_min: int = 32 << 10
     """What is kept of a time in which nothing is under way; more, if the state comes to more."""
 
@@ -118,8 +120,13 @@ class Memory(Witness):
     def arriving(self, now_ns: int) -> None:
         """Begin to keep what is done, if that was not worth it."""
         self._idle = None
-        if self._segment is None and not self.defect:
+        if self._segment is None and not self.defect and not self.is_too_busy:
             self._begin(now_ns, follows=False)
+
+    @property
+    def is_too_busy(self) -> bool:
+        """Whether so much is under way that nothing new is kept."""
+        return len(self.ledger.requests) > self._limits.under_way
 
     def handle_timeout(self, now_ns: int) -> list[Command]:
         """As `LoadBalancer.handle_timeout`."""
@@ -143,8 +150,12 @@ class Memory(Witness):
                 if isinstance(event, ModelsSynced):
                     event = self._bare(event)
         segment.calls.append((event, outcome, now_ns, chunks))
-        if segment.size >= self._limits.bytes_max >> 3 or segment.n_requests >= segment.requests_max:
-            self._begin(now_ns, follows=True)
+        added = segment.size - segment.state_size
+        if added >= self._limits.bytes_max >> 3 or segment.n_requests >= segment.requests_max:
+            if self.is_too_busy:
+                self._segment = None  # until less is under way
+            else:
+                self._begin(now_ns, follows=True)
 
     def _bare(self, event: ModelsSynced) -> ModelsSynced:
         """Return a listing with nothing but names, which are shared with the one before while they are the same."""

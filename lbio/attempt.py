@@ -198,7 +198,6 @@ class AttemptRun:
         if connection is None:
             return
         if self.answer is not None and self.answer.is_reusable:
-            connection.keep()
             self.endpoint.release(connection)
         else:
             connection.close()

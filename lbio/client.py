@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from time import monotonic
 from typing import TypeVar
 
 import anyio
@@ -62,6 +63,39 @@ class BodyBudget:
         self.held -= n_bytes
 
 
+class Lingering:
+    """A connection of which our half has ended: the client may still read, and what it sends is thrown away.
+
+    To be closed when the client ends its half, has sent too much, or has had time enough (`look`).
+    """
+
+    def __init__(self, stream: SocketStream, on_end: Callable[[Lingering], object]) -> None:
+        self._stream = stream
+        self._on_end = on_end
+        self._until_s = monotonic() + _LINGER_S
+        self._bytes_left = _LINGER_BYTES_MAX
+
+    def take(self, data: bytes) -> None:
+        """Throw away what the client sends."""
+        self._bytes_left -= len(data)
+        if self._bytes_left < 0:
+            self.close()
+
+    def take_end(self, why: str) -> None:  # noqa: ARG002  one way or the other
+        """Close: the client has."""
+        self.close()
+
+    def look(self) -> None:
+        """Close when it has had time enough."""
+        if monotonic() > self._until_s:
+            self.close()
+
+    def close(self) -> None:
+        """Close at once."""
+        self._stream.close()
+        self._on_end(self)
+
+
 class ClientStream:
     """One client's connection."""
 
@@ -69,6 +103,7 @@ class ClientStream:
         "_bodies",
         "_held",
         "_is_gone",
+        "_is_over",
         "_limits",
         "_on_left",
         "_send_nowait",
@@ -96,6 +131,7 @@ class ClientStream:
         self._writing_scope: anyio.CancelScope | None = None
         self._on_left: Callable[[], None] | None = None
         self._is_gone = False
+        self._is_over = False  # it lingers, and is another's to close
         address = stream.extra(SocketAttribute.remote_address, ("?", 0))  # noqa: S610  not Django's
         self.peer = str(address[0]) if isinstance(address, tuple) else str(address)
 
@@ -305,6 +341,21 @@ class ClientStream:
 
     # --- the end -------------------------------------------------------------------------------------------
 
+    def linger(self, on_end: Callable[[Lingering], object]) -> Lingering | None:
+        """Do as `finish`, but without a task; None where one is needed: a body to be read, or nobody calls back."""
+        stream = self._stream
+        if self.in_body or not isinstance(stream, SocketStream):
+            return None
+        lingering = Lingering(stream, on_end)
+        try:
+            stream.end_sending()
+            if not stream.give_to(lingering):
+                return None
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+            return None
+        self._is_over = True
+        return lingering
+
     async def finish(self) -> None:
         """Close so that the client can still read what was written last.
 
@@ -325,5 +376,6 @@ class ClientStream:
         self.close()
 
     def close(self) -> None:
-        """Close at once."""
-        close_now(self._stream)
+        """Close at once, unless it is left to linger."""
+        if not self._is_over:
+            close_now(self._stream)

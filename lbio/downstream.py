@@ -29,7 +29,7 @@ from lbio.answers.parts import Parts, Plan, Splitter
 from lbio.answers.renaming import RenamingRelay, renamed_answer
 from lbio.answers.shows import ShowRelay
 from lbio.attempt import AttemptRun
-from lbio.client import LOOK_S, BodyBudget, ClientGone, ClientStream
+from lbio.client import LOOK_S, BodyBudget, ClientGone, ClientStream, Lingering
 from lbio.configuration.addresses import is_loopback, parse_listen
 from lbio.driver import Driver
 from lbio.exchange import ClientRequest, Exchange, head_parts
@@ -69,6 +69,19 @@ class Front:
         self.connections: dict[int, ClientConnection] = {}
         self._connection_ids: Iterator[int] = itertools.count(1)
         self._served = anyio.Event()
+        self._lingering: dict[Lingering, None] = {}
+
+    def linger(self, client: ClientStream) -> bool:
+        """Let a client read what was written last, without a task; False where one is needed."""
+        lingering = client.linger(lambda ended: self._lingering.pop(ended, None))
+        if lingering is not None:
+            self._lingering[lingering] = None
+        return lingering is not None
+
+    def close(self) -> None:
+        """Close what lingers."""
+        for lingering in list(self._lingering):
+            lingering.close()
 
     def next_id(self) -> tuple[int, str]:
         """Return a new request's number, and its name in headers and logs, unlike those before a restart."""
@@ -122,7 +135,7 @@ class Front:
         """Serve one connection until it ends."""
         connection_id = next(self._connection_ids)
         connection = ClientConnection(stream, self)
-        if len(self.connections) >= self.driver.app.limits.connections_max:
+        if len(self.connections) + len(self._lingering) >= self.driver.app.limits.connections_max:
             await connection.refuse()
             return
         self.connections[connection_id] = connection
@@ -143,6 +156,8 @@ class Front:
             oldest_ns = self.driver.clock() - limit_ns
             for connection in list(self.connections.values()):
                 connection.look(oldest_ns)
+            for lingering in list(self._lingering):
+                lingering.look()
 
     def drain(self) -> None:
         """Take no further request: idle connections are closed, the others after their answer."""
@@ -213,7 +228,8 @@ class ClientConnection:
                 if self._client.reader.buffered:  # the next request is here already, but the others come first
                     await anyio.lowlevel.checkpoint()
             self._end()
-            await self._client.finish()
+            if not self._front.linger(self._client):
+                await self._client.finish()
         except (ClientGone, anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream):
             pass
 

@@ -38,22 +38,37 @@ class ConnectError(Exception):
 class Connection:
     """One connection to a server."""
 
-    __slots__ = ("_sock", "half_sent", "idle_since_ns", "reader", "stream")
+    __slots__ = ("_has_stirred", "_is_watched", "_sock", "half_sent", "idle_since_ns", "reader", "stream")
 
     def __init__(self, stream: ByteStream) -> None:
         self.stream = stream
         self.reader = Reader(stream)
         self._sock = stream.extra(SocketAttribute.raw_socket, None)  # noqa: S610  not Django's
         self.idle_since_ns = 0
+        self._is_watched = False  # while it is idle, the loop tells when something comes
+        self._has_stirred = False  # something did
         self.half_sent = False  # a body was begun and not ended, so nothing can follow it
+
+    def rest(self) -> None:
+        """Be idle from now on: whatever comes, its end or bytes that nobody has asked for, is the end of its use."""
+        self._is_watched = self.give_to(self)
+
+    def take(self, data: bytes) -> None:  # noqa: ARG002  of no interest
+        """Take note that something has come while it was idle."""
+        self._has_stirred = True
+        self.keep()
+
+    def take_end(self, why: str) -> None:  # noqa: ARG002  of no interest
+        """Take note that it has ended while it was idle."""
+        self._has_stirred = True
 
     def is_quiet(self) -> bool:
         """Tell whether nothing has come on an idle connection: no end, and no bytes that nobody asked for.
 
         What a server sends unasked (a proxy's 408 before it closes, say) would be taken for the next request's answer.
         """
-        if self._sock is None:
-            return True
+        if self._sock is None or self._is_watched:
+            return not self._has_stirred
         try:
             self._sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
@@ -168,6 +183,7 @@ class Endpoint:
             connection.close()
             return
         connection.idle_since_ns = self._clock()
+        connection.rest()
         self._idle.append(connection)
 
     async def dial_spare(self, patience_ns: int) -> None:

@@ -97,6 +97,8 @@ class Explainer:
         known = self._memory.known
         if known is None:
             return _error(404, f"there is no request {request_id}: there was none at all since the start")
+        if request_id > known[1] and self._memory.is_too_busy:
+            return _error(404, f"request {request_id} is not known: too many are under way at once for that")
         what = "is forgotten" if request_id < known[0] else "is not known: there was none of this id"
         return _error(404, f"request {request_id} {what}; those from {known[0]} to {known[1]} are known")
 

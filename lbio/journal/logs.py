@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from lbcore.commands import Decision, RecordDecision
 from lbcore.decision_words import decision_words
 from lbcore.schema import MS_NS
@@ -64,7 +66,11 @@ class _JsonFormatter(logging.Formatter):
         return _to_json(fields)
 
 
-_to_json = json.JSONEncoder(ensure_ascii=False).encode
+def _to_json(fields: Mapping[str, Any]) -> str:
+    try:
+        return msgspec.json.encode(fields).decode()
+    except (UnicodeEncodeError, TypeError):  # half of an emoji
+        return json.dumps(fields, ensure_ascii=False)
 
 
 class _Told:
@@ -118,7 +124,12 @@ class Log:
         if self._enabled:
             told = _Told(decision, self._requests.get(decision.request_id))
             level = _LEVELS.get(decision.decision, logging.INFO)
-            _log.handle(_DecisionRecord(told, level))
+            record = _DecisionRecord(told, level)
+            handlers = logging.root.handlers
+            if len(handlers) == 1 and isinstance(handlers[0], LateWriter):
+                handlers[0].emit(record)  # what all the rest of logging would come to
+            else:
+                _log.handle(record)
 
     def note(self, text: str) -> None:
         """Write what no decision of the core tells of, if decisions are written."""

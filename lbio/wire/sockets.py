@@ -362,13 +362,17 @@ class SocketStream(Stream):
 
     async def send_eof(self) -> None:
         """Half-close: the peer sees the end of the stream, and we can still receive."""
+        self.end_sending()
+        await anyio.lowlevel.checkpoint()
+
+    def end_sending(self) -> None:
+        """Do the same without a checkpoint."""
         if self._watched.closed:
             raise anyio.ClosedResourceError
         try:
             self._sock.shutdown(socket.SHUT_WR)
         except OSError as error:
             raise anyio.BrokenResourceError(str(error)) from error
-        await anyio.lowlevel.checkpoint()
 
     async def aclose(self) -> None:
         """Close as `close` does, then yield as anyio's rules want it."""
