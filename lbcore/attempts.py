@@ -102,7 +102,7 @@ class Attempts:
         return timeouts.answer_ns if request.kind is _MANAGE else timeouts.silence_ns
 
     def on_head(self, event: events.HeadReceived, now_ns: int) -> None:
-        """A good head came; nothing is decided by it."""
+        """A good head came, before the first token; nothing is decided by it."""
         attempt = self._ledger.advance(event.attempt_id, _HEAD)
         if attempt is not None:
             attempt.last_chunk_ns = now_ns

@@ -75,7 +75,10 @@ class AttemptConnected:
 
 @dataclass(frozen=True, slots=True)
 class HeadReceived:
-    """A response head below 400 came. Heads of 400 and more are reported whole, as `AttemptFailed`."""
+    """A response head below 400 came, and no token with it: else that says it all.
+
+    Heads of 400 and more are reported whole, as `AttemptFailed`.
+    """
 
     attempt_id: int
     status: int

@@ -92,6 +92,7 @@ _LIVE = (_A.CONNECTING, _A.AWAITING_HEAD, _A.STREAMING, _A.COMMITTED)
 ATTEMPT_TRANSITIONS: Mapping[tuple[AttemptState, AttemptInput], AttemptState] = {
     (_A.CONNECTING, _I.CONNECTED): _A.AWAITING_HEAD,
     (_A.AWAITING_HEAD, _I.HEAD): _A.STREAMING,
+    (_A.AWAITING_HEAD, _I.FIRST_TOKEN): _A.STREAMING,  # which mostly comes with the head, so that says it all
     (_A.STREAMING, _I.FIRST_TOKEN): _A.STREAMING,
     (_A.STREAMING, _I.BUFFER_FULL): _A.STREAMING,
     (_A.STREAMING, _I.COMMIT): _A.COMMITTED,

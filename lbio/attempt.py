@@ -82,6 +82,7 @@ class AttemptRun:
         "_calls_back",
         "_connection",
         "_core",
+        "_has_head",
         "_head_bytes_max",
         "_is_connected",
         "_is_fresh",
@@ -132,6 +133,7 @@ class AttemptRun:
         self._sending: anyio.CancelScope | None = None  # of that part of it which sends the request
         self._resumed: anyio.Event | None = None  # nothing is taken before that
         self._n_interim = 0  # 1xx answers so far
+        self._has_head = False  # the head was told to the core, or the first token that came with it
         self._begun = False  # the first token was told to the core
         self._reported = False  # its end was told to the core
 
@@ -377,16 +379,12 @@ class AttemptRun:
         answer = self.answer = Answer(connection, head, route.ending)
         if self._sending is not None and (head.status >= 300 or self._taker is not None):
             self._sending.cancel()  # no more of the body is wanted
-        if head.status < 400:
-            self._core.dispatch(HeadReceived(self.attempt_id, head.status))
-        if self.is_read:
-            return
-        if answer.ended:
-            self._took(answer, b"")
-        elif connection.reader.buffered:
+        if connection.reader.buffered and not answer.ended:
             rest = bytes(connection.reader.buffered)
             connection.reader.buffered.clear()
             self._take_body(answer, rest)
+        else:
+            self._took(answer, b"")
 
     def _take_body(self, answer: Answer, data: bytes) -> None:
         payload = answer.take(data)
@@ -414,9 +412,14 @@ class AttemptRun:
             merge.feed(self.endpoint.name, payload)
         else:
             answer.held += payload
-        if not self._begun and status < 400 and (answer.watcher.n_tokens if answer.streams else payload):
+        if self._begun or status >= 400:
+            return
+        if answer.watcher.n_tokens if answer.streams else payload:
             self._begun = True
             self._core.dispatch(FirstTokenReceived(self.attempt_id))
+        elif not self._has_head:
+            self._core.dispatch(HeadReceived(self.attempt_id, status))
+        self._has_head = True
 
     def _overflow(self, answer: Answer) -> None:
         if answer.head.status >= 400:

@@ -44,7 +44,7 @@ ABORTED     .       .         .       .         .       .
 ATTEMPT = """
                CONNECTED      HEAD       FIRST_TOKEN  BUFFER_FULL  COMMIT     END        FAIL    CANCEL
 CONNECTING     AWAITING_HEAD  .          .            .            .          .          FAILED  CANCELLED
-AWAITING_HEAD  .              STREAMING  .            .            .          .          FAILED  CANCELLED
+AWAITING_HEAD  .              STREAMING  STREAMING    .            .          .          FAILED  CANCELLED
 STREAMING      .              .          STREAMING    STREAMING    COMMITTED  SUCCEEDED  FAILED  CANCELLED
 COMMITTED      .              .          .            .            .          SUCCEEDED  FAILED  CANCELLED
 SUCCEEDED      .              .          .            .            .          .          .       .
