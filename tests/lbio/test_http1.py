@@ -222,7 +222,7 @@ def test_the_memo_is_bounded_and_keeps_no_refused_head() -> None:
     for number in range(1100):
         parse_request_head(b"GET /%d HTTP/1.1\r\nHost: h\r\n\r\n" % number)
     assert len(known) == 1024
-    assert min(known) == b"GET /1000 HTTP/1.1\r\nHost: h\r\n\r\n"  # the oldest have made room
+    assert next(iter(known)) == b"GET /76 HTTP/1.1\r\nHost: h\r\n\r\n"  # the oldest have made room
     known.clear()
     for _name, raw, _status in REQUEST_HEADS:
         outcome(lambda raw=raw: parse_request_head(raw))  # type: ignore[misc]

@@ -410,7 +410,7 @@ headers = {{ "X-One" = "{own[1]}", "X-Two" = "env:UP" }}
         process.wait(20)
         reader.join(10)
     log = "".join(lines)
-    assert '"key": "a"' in log
+    assert '"key":"a"' in log
     assert "127.0.0.1 got 40" in log
     record = (tmp_path / "events.jsonl").read_text("utf-8")
     assert "gpu1" in record
