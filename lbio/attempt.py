@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 from collections.abc import Callable
 from typing import Protocol
 
@@ -24,13 +22,10 @@ from lbcore.ollama import PASS_THROUGH, RequestKind
 from lbio.exchange import ClientRequest, Exchange
 from lbio.http1 import INSIDE_HEAD, HttpError, IncompleteBody, ResponseHead, parse_response_head
 from lbio.upstream import INTERIM_MAX, Answer, ConnectError, Connection, Endpoint
+from lbio.verdicts import is_model_output, reason_of, shortened
 from lbio.wire.blob_body import Taker
 
 _JOIN_BYTES_MAX = 65536  # a head and a body up to this size are sent at once
-_DETAIL_CHARS_MAX = 200
-_NOT_FOUND = re.compile(rb'"model[^{}]{0,300}not found|not found, try pulling')
-_MODEL_OUTPUT = (b"application/x-ndjson", b"application/json", b"text/event-stream")
-_ELSEWHERE = frozenset({401, 403, 407, 408, 425, 429})
 
 
 class Core(Protocol):
@@ -55,20 +50,6 @@ class Core(Protocol):
         """Tell of a defect of the program: one attempt must not end it."""
 
 
-def reason_of(status: int, body: bytes | bytearray, *, passed_through: bool) -> Reason:
-    """Return what an error status means for the question who could answer better."""
-    if status == 404:
-        if _NOT_FOUND.search(body[:4096]) is not None:
-            return Reason.MODEL_NOT_FOUND
-        # An unknown path is unknown to every Ollama; a known one may be too new for this server.
-        return Reason.CLIENT_ERROR if passed_through else Reason.ELSEWHERE
-    if status == 503:
-        return Reason.BUSY
-    if status in _ELSEWHERE:
-        return Reason.ELSEWHERE
-    return Reason.SERVER_ERROR if status >= 500 else Reason.CLIENT_ERROR
-
-
 class AttemptRun:
     """One attempt, and the sink of what its server sends: that is held until it is chosen, then it is for the relay.
 
@@ -76,31 +57,10 @@ class AttemptRun:
     takes what comes where nobody calls back (`run`).
     """
 
-    __slots__ = (
-        "_begun",
-        "_buffer_bytes_max",
-        "_calls_back",
-        "_connection",
-        "_core",
-        "_has_head",
-        "_head_bytes_max",
-        "_is_connected",
-        "_is_fresh",
-        "_n_interim",
-        "_reported",
-        "_resumed",
-        "_scope",
-        "_sending",
-        "_taker",
-        "_unsent",
-        "answer",
-        "attempt_id",
-        "chosen",
-        "endpoint",
-        "exchange",
-        "is_read",
-        "sent_as",
-        "splice",
+    __slots__ = (  # fmt: skip
+        "_begun", "_buffer_bytes_max", "_calls_back", "_connection", "_core", "_has_head", "_head_bytes_max",
+        "_is_connected", "_is_fresh", "_n_interim", "_reported", "_resumed", "_scope", "_sending", "_taker",
+        "_unsent", "answer", "attempt_id", "chosen", "endpoint", "exchange", "is_read", "sent_as", "splice",
     )
 
     def __init__(
@@ -372,7 +332,7 @@ class AttemptRun:
 
     def _begin_answer(self, connection: Connection, head: ResponseHead) -> None:
         route = self.exchange.request.route
-        if route.generates and head.status < 300 and not _is_model_output(head, plain=route.plain):
+        if route.generates and head.status < 300 and not is_model_output(head, plain=route.plain):
             # such as the page of a captive portal, which would win every race
             self._fail(Reason.GARBAGE, f"it is {(head.header(b'content-type') or b'of no type').decode('latin-1')}")
             return
@@ -488,18 +448,3 @@ class AttemptRun:
         if not self._is_connected:
             self._is_connected = True
             self._core.dispatch(AttemptConnected(self.attempt_id))
-
-
-def _is_model_output(head: ResponseHead, *, plain: bool) -> bool:
-    said = (head.header(b"content-type") or b"").lower()
-    return said.startswith(_MODEL_OUTPUT) or (plain and said.startswith(b"text/plain"))
-
-
-def shortened(body: bytes | bytearray) -> str:
-    """Return the words of an error body, for a log line."""
-    match = re.search(rb'"(?:error|message)"\s*:\s*"((?:[^"\\]|\\.)*)', body[:4096])
-    text = (match[1] if match is not None else bytes(body[:_DETAIL_CHARS_MAX])).decode(errors="replace")
-    if match is not None and "\\" in text:
-        with contextlib.suppress(ValueError):
-            text = json.loads(f'"{text}"')
-    return " ".join(text.split())[:_DETAIL_CHARS_MAX]

@@ -13,9 +13,9 @@ import anyio
 from lbcore.commands import StartJob, Work
 from lbcore.events import Event, JobEnded, JobProgressed, Reason
 from lbcore.ollama import Ending
-from lbio.attempt import reason_of, shortened
 from lbio.http1 import HttpError, IncompleteBody, serialize_request
 from lbio.upstream import Answer, ConnectError, Connection, Endpoint, read_response_head
+from lbio.verdicts import reason_of, shortened
 
 _HEAD_BYTES_MAX = 65536
 _WORDS_BYTES = 4096  # what is kept of the end of an answer, in which it says what went wrong

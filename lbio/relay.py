@@ -201,7 +201,7 @@ class Relay:
         return await self._end() and not self._close and self._framing is not Framing.CLOSE
 
     async def _drain(self) -> None:
-        """Write what a slow client has left; nothing is read from the server meanwhile, whose silence is not its own."""
+        """Write what a slow client has left; nothing is read from the server meanwhile: its silence is not its own."""
         self._core.note_paused(self._run.attempt_id, paused=True)
         data = bytes(self._unsent)
         with anyio.CancelScope() as self._scope:

@@ -30,8 +30,8 @@ from lbio.config_file import access_warnings
 from lbio.configuration.addresses import Address, parse_listen
 from lbio.configuration.settings import AppConfig
 from lbio.descriptors import fitted
-from lbio.downstream import Front
 from lbio.driver import Driver
+from lbio.front import Front
 from lbio.journal import logs
 from lbio.journal.record import RecordError, Recording
 from lbio.wire.streams import TCP, Network

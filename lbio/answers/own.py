@@ -9,7 +9,7 @@ import anyio
 
 from lbcore.aliases import find_alias, is_own_name, model_now
 from lbcore.config import Alias, Strategy
-from lbcore.ollama import BodyFacts, Route, canonical_model, find_route, shape_of
+from lbcore.ollama import BodyFacts, Route, canonical_model, shape_of
 from lbcore.requests import PIN_HEADER
 from lbio.access.gate import Gate
 from lbio.access.keys import Key

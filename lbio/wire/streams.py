@@ -18,7 +18,8 @@ from anyio.abc import ByteStream
 from anyio.streams.tls import TLSStream
 
 from lbio.configuration.addresses import Address
-from lbio.wire.sockets import RECEIVE_BYTES, SocketStream, Stream, Watched
+from lbio.wire.sockets import RECEIVE_BYTES, SocketStream, Stream
+from lbio.wire.watched import Watched
 
 __all__ = [
     "RECEIVE_BYTES",

@@ -128,7 +128,7 @@ async def test_a_server_may_refuse_a_large_body_before_it_has_come() -> None:
 
 async def test_a_large_body_arrives_whole_and_its_connection_is_used_again() -> None:
     async with scripted() as (rig, (server,)):
-        used = []
+        used: list[object] = []
         for _ in range(2):
             assert (await rig.ask("POST", "/api/chat", LARGE)).complete
             (endpoint,) = rig.service.driver._endpoints.values()

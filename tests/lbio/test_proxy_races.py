@@ -7,6 +7,7 @@ import pytest
 
 from lbcore.commands import CancelAttempt
 from lbio.driver import Driver
+from lbio.relay import Relay
 from tests.lbio.kit import Rig, balanced, chat_request, client, specs
 from tests.lbio.sockets_kit import until
 
@@ -74,7 +75,7 @@ async def test_the_client_has_its_first_token_before_a_loser_is_cancelled(monkey
 
         def looking(command: CancelAttempt) -> None:
             relay = driver._runs[command.attempt_id].exchange.relay
-            written.append(relay is not None and not relay._unsent and relay._problem is None)
+            written.append(isinstance(relay, Relay) and not relay._unsent and relay._problem is None)
             cancel(command)
 
         monkeypatch.setattr(driver, "_execute", {**driver._execute, CancelAttempt: looking})

@@ -1,5 +1,6 @@
-"""What can be passed on as it came is: the same bytes, tokens and verdicts as when it is taken apart and framed anew."""
+"""What can be passed on as it came is: with the same bytes, tokens and verdicts as if it were taken apart."""
 
+import itertools
 import json
 import re
 from typing import Any, cast
@@ -23,7 +24,7 @@ ASKED = parse_request_head(b"POST /api/chat HTTP/1.1\r\nHost: h\r\nContent-Lengt
 
 texts = st.one_of(
     st.text(max_size=20),
-    st.sampled_from(['"done":true', ',"done":false}', '"error":"x"', "\n", '\\"', '"', ',"done":false}\n\r\n0\r\n\r\n']),
+    st.sampled_from(['"done":true', ',"done":false}', '"error":"x"', "\n", '\\"', ',"done":false}\n\r\n0\r\n\r\n']),
 )
 objects = st.fixed_dictionaries(
     {"message": st.fixed_dictionaries({"content": texts})},
@@ -106,8 +107,8 @@ class Rig:
         request: Any = type("Asked", (), {"head": ASKED})()
         self.exchange = Exchange(request)
         connection: Any = type("Silent", (), {"reader": type("Reader", (), {"buffered": bytearray()})()})()
-        self.answer = Answer(cast(Connection, connection), parse_response_head(HEAD, "POST"), Ending.NDJSON_DONE)
-        run, client, core = cast(AttemptRun, self.run), cast(ClientStream, self.client), cast(Any, None)
+        self.answer = Answer(cast("Connection", connection), parse_response_head(HEAD, "POST"), Ending.NDJSON_DONE)
+        run, client, core = cast("AttemptRun", self.run), cast("ClientStream", self.client), cast("Any", None)
         self.relay = Relay(self.exchange, run, self.answer, client, core)
         self.n_spliced = 0
 
@@ -141,7 +142,7 @@ def test_however_it_is_cut_the_client_gets_the_same_body(at: list[int], per_chun
     for splices in (True, False):
         rig = Rig()
         rig.begin()
-        for begin, end in zip(points, points[1:], strict=False):
+        for begin, end in itertools.pairwise(points):
             rig.take(WHOLE[begin:end], splices=splices)
         bodies.append((rig.body, rig.answer.watcher.n_tokens, rig.answer.ended))
     assert bodies[0] == bodies[1]
