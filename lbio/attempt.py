@@ -57,7 +57,7 @@ class AttemptRun:
     takes what comes where nobody calls back (`run`).
     """
 
-    __slots__ = (  # fmt: skip
+    __slots__ = (
         "_begun", "_buffer_bytes_max", "_calls_back", "_connection", "_core", "_has_head", "_head_bytes_max",
         "_is_connected", "_is_fresh", "_n_interim", "_reported", "_resumed", "_scope", "_sending", "_taker",
         "_unsent", "answer", "attempt_id", "chosen", "endpoint", "exchange", "is_read", "sent_as", "splice",
