@@ -52,6 +52,7 @@ BARS: Mapping[tuple[str, int], float] = {
     ("pure", 8): 100_000.0,
     ("pure", 100): 100_000.0,
     ("compiled", 8): 200_000.0,
+    ("compiled", 1000): 150_000.0,
 }
 """Events/s by core and number of servers."""
 
@@ -237,7 +238,7 @@ def _measure(n_servers: int, n_events: int) -> None:
 
 
 def run(
-    *, fleets: tuple[int, ...] = (4, 8, 100), n_events: int = 200_000, repeats: int = 7, core: Path | None = None
+    *, fleets: tuple[int, ...] = (4, 8, 100, 1000), n_events: int = 200_000, repeats: int = 7, core: Path | None = None
 ) -> Report:
     """Measure plain Python, and a compiled core if there is one: `core` is where."""
     columns = (

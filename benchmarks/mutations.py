@@ -128,9 +128,9 @@ MUTATIONS: Sequence[Mutation] = (
     ),
     Mutation(
         "any live server will do",
-        "lbcore.fleet:Fleet.pool",
-        "(model is None or server.has(model))",
-        "(server.model(model) if model else True)",
+        "lbcore.pools:Pools.pool",
+        "(model is None or s.has(model))",
+        "(s.model(model) if model else True)",
     ),
     Mutation(
         "the queue is unbounded",
@@ -194,7 +194,7 @@ MUTATIONS: Sequence[Mutation] = (
     ),
     Mutation(
         "the cap of requests in flight is off by one",
-        "lbcore.fleet:Holders.with_room",
+        "lbcore.pools:Holders.with_room",
         "record.in_flight < server.in_flight_max",
         "record.in_flight <= server.in_flight_max",
     ),

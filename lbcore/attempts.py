@@ -148,6 +148,8 @@ class Attempts:
 
         That is whoever came first of those that wait for a model it has not loaded, or has with other options.
         """
+        if not any(record.loading for record in server.models.values()):
+            return  # as mostly
         seen: list[ServerModel] = []
         for attempt in [a for a in self._ledger.attempts.values() if a.server is server and a.loads]:
             target = attempt.target
@@ -321,6 +323,7 @@ class Attempts:
             self._fleet.lacks(server, request.model, now_ns)
         if failure.reason in SETS_BACK and attempt.target is not None:
             attempt.target.failures += 1
+            self._fleet.touched[server.id] = server
             attempt.target.failing_until_ns = now_ns + failing_ns(attempt.target.failures)
         blame = _blame_of(request, failure.reason)
         if blame is Blame.CONTRAST and not attempt.detached:

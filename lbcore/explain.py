@@ -331,7 +331,7 @@ def _expected_ns(
     known_ns: float = record.known_ns or best_ns
     if known_ns >= 2 * best_ns:
         known_ns = selection.faded_ns(record, best_ns, now_ns, balancer.config.selection.forget_ns)
-    return selection.expected_ns(server, record, request, known_ns, now_ns)
+    return selection.expected_ns(server, record, request.runner_key, known_ns, now_ns)
 
 
 def _why_chosen(server: Server, request: Request, kind: str, rivals: _Rivals, now_ns: int) -> str:

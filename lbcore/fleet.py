@@ -21,6 +21,7 @@ from lbcore.health import (
     revive_pause_ns,
 )
 from lbcore.ollama import RequestKind, canonical_model
+from lbcore.pools import Pools
 from lbcore.records import Attempt, Failure, ModelStats, Server
 from lbcore.states import (
     Reliability,
@@ -32,8 +33,6 @@ from lbcore.states import (
 )
 from lbcore.timers import TimerKind, Timers
 from lbcore.units import counted
-
-_HOLDERS_MAX: Final = 1024
 
 # Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
 _GENERATE: Final = RequestKind.GENERATE
@@ -47,26 +46,8 @@ def why_not(server: Server) -> str:
     return "it is being removed" if server.state is ServerState.DRAINING else server.last_error or "not probed yet"
 
 
-class Holders:
-    """The live servers that have a model, their records of it, and what follows from both until the catalog changes."""
-
-    __slots__ = ("in_flight_max", "records", "servers", "slots")
-
-    def __init__(self, servers: list[Server], model: str | None) -> None:
-        self.servers = servers
-        self.records = [server.models[model] for server in servers] if model is not None else []
-        self.slots = sum(s.slots for s, record in zip(servers, self.records, strict=False) if record.loaded)
-        """Of those that have it loaded."""
-        self.in_flight_max = min((server.in_flight_max for server in servers), default=0)
-        """What each of them may be sent at least."""
-
-    def with_room(self) -> list[Server]:
-        """Return those that may be sent one more request for the model: mostly all of them."""
-        records = self.records
-        if not records or max([record.in_flight for record in records]) < self.in_flight_max:
-            return self.servers
-        pairs = zip(self.servers, records, strict=True)
-        return [server for server, record in pairs if record.in_flight < server.in_flight_max]
+def _is_outcast(server: Server) -> bool:
+    return server.state is ServerState.DEAD or (server.doubted and server.is_alive)
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -81,8 +62,12 @@ class Fleet:
         self._last_probe_id = 0
         self.servers: dict[int, Server] = {}
         self.stats: dict[str, ModelStats] = {}
-        self._holders: dict[str | None, Holders] = {}  # a cache
-        self.version = 0  # changes whenever the catalog does, or may, so that answers made of it can be kept until then
+        self.pools = Pools(self.servers, config.selection)
+        self.pool = self.pools.pool
+        self.touched, self.moved = self.pools.touched, self.pools.moved
+        self.version = 0
+        """Changes whenever the catalog does, or may, or who is alive: so long, answers made of them can be kept."""
+        self._outcasts: dict[int, Server] | None = None  # a cache
         for settings in config.servers:
             self._new_server(settings, 0)
 
@@ -106,19 +91,28 @@ class Fleet:
         found = [server for server in self.holders(None) if server.outdated or model is None or server.has(model)]
         return found if model is None else self.named([server.name for server in found], model)
 
-    def pool(self, model: str | None) -> Holders:
-        """Return the same servers, and what else follows from the catalog."""
-        known = self._holders.get(model)
-        if known is None:
-            if len(self._holders) >= _HOLDERS_MAX:  # names come from clients
-                self._holders.clear()
-            servers = [server for server in self if server.is_alive and (model is None or server.has(model))]
-            known = self._holders[model] = Holders(servers, model)
-        return known
+    def outcasts(self) -> list[Server]:
+        """Return the servers that are dead or doubted, in the order they were named."""
+        if self._outcasts is None:
+            self._outcasts = {s.id: s for s in self if _is_outcast(s)}
+        return [self._outcasts[server_id] for server_id in sorted(self._outcasts)]
+
+    def set_doubted(self, server: Server, *, doubted: bool) -> None:
+        """Doubt a server, or do so no more."""
+        server.doubted = doubted
+        self.judge(server)
+
+    def judge(self, server: Server) -> None:
+        """Take note that a server has died, is back, or is doubted or no more."""
+        if self._outcasts is not None:
+            if _is_outcast(server):
+                self._outcasts[server.id] = server
+            else:
+                self._outcasts.pop(server.id, None)
 
     def _changed(self) -> None:
         self.version += 1
-        self._holders.clear()
+        self.pools.forget()
 
     def by_name(self, name: str) -> Server | None:
         """Return the server called `name`."""
@@ -143,6 +137,7 @@ class Fleet:
         self._last_server_id += 1
         server = Server(self._last_server_id, settings)
         self.servers[server.id] = server
+        self.judge(server)
         self._timers.arm(TimerKind.PROBE, server.id, now_ns)
         return server
 
@@ -189,6 +184,7 @@ class Fleet:
 
     def _set_health(self, server: Server, value: float, now_ns: int, why: str) -> None:
         before, server.health = server.health, value
+        self.moved[server.id] = server
         if value != before:
             self._out.append(RecordDecision(_HEALTH, 0, server.name, why, f"{before:.2f}", f"{value:.2f}"))
         if value >= ALIVE_FROM:
@@ -208,12 +204,14 @@ class Fleet:
         if following is None:
             return False
         server.state = following
+        self.judge(server)
         return True
 
     # --- reliability and doubt -----------------------------------------------------------------------------
 
     def note_reliability(self, server: Server, given: ReliabilityInput, now_ns: int, why: str) -> None:
         """Step a server's reliability record."""
+        self.touched[server.id] = server
         if (
             given is ReliabilityInput.BROKE and server.reliability is not Reliability.UNRELIABLE
         ):  # streams break together
@@ -237,6 +235,7 @@ class Fleet:
         loser was given: a long prompt does not make a server look slow.
         """
         server = loser.server
+        self.touched[server.id] = server
         winner_ns = max(1, (winner.first_token_ns or now_ns) - winner.started_ns)
         loser_ns = now_ns - loser.started_ns
         if loser_ns < winner_ns:
@@ -245,7 +244,7 @@ class Fleet:
         if loser.target is not None and winner.target is not None and winner.target.ttft_ns:
             loser.target.raise_floor(winner.target.ttft_ns * loser_ns // winner_ns, now_ns)
         if server.losses >= self._config.health.losses_max and not server.doubted:
-            server.doubted = True
+            self.set_doubted(server, doubted=True)
             self._record(
                 Decision.DOUBTED,
                 server,
@@ -256,9 +255,11 @@ class Fleet:
     def note_first_token(self, attempt: Attempt, now_ns: int) -> None:
         """A server has answered: it is not doubted any more, and its model is loaded."""
         server, target = attempt.server, attempt.target
+        self.touched[server.id] = server
         kind = attempt.request.kind
         server.losses = 0
-        server.doubted = False
+        if server.doubted:
+            self.set_doubted(server, doubted=False)
         if target is None or kind is _UNLOAD:
             return
         took_ns = now_ns - attempt.started_ns
@@ -310,11 +311,14 @@ class Fleet:
         self.probe_now(server, now_ns, changed=True)
 
     def _sync_models(self, server: Server, event: ModelsSynced) -> None:
+        """Take what a server has; mostly that is what it had."""
         available = known_names(event.available)
         active = {canonical_model(model.name): model for model in event.active}
         for name in (*available, *active):
             server.model(name)
+        changed = False
         for name, record in list(server.models.items()):
+            had = record.available, record.active, record.loaded
             record.available = available.get(name)
             record.active = active.get(name)
             answering = record.in_flight > record.loading  # loaded for sure, whatever /api/ps said a moment ago
@@ -323,7 +327,9 @@ class Fleet:
                 record.runner_key = None
             if not (record.available or record.loaded or record.in_flight):
                 del server.models[name]
-        self._changed()
+            changed = changed or had != (record.available, record.active, record.loaded)
+        if changed:
+            self._changed()
 
     # --- probes --------------------------------------------------------------------------------------------
 
@@ -369,7 +375,9 @@ class Fleet:
         if event.reason is not None:
             self._probe_failed(server, event.reason, event.detail, now_ns)
             return server
-        server.version = event.version
+        if server.version != event.version:
+            server.version = event.version
+            self.version += 1
         server.last_probe_id = event.probe_id
         server.probe_failures = server.probe_pause_ns = 0
         self._timers.arm(TimerKind.PROBE, server.id, now_ns + self._config.probe.interval_ns)
@@ -410,7 +418,9 @@ class Fleet:
         if first:
             known = f"{counted(len(event.available), 'model')}, {len(event.active)} loaded"
             self._record(Decision.SYNCED, server, known)
-        server.outdated = server.probe_again
+        if server.outdated != server.probe_again:
+            server.outdated = server.probe_again
+            self.version += 1
         if server.probe_again:
             server.probe_again = False
             self.probe_now(server, now_ns)

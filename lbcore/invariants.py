@@ -31,6 +31,7 @@ def audit(balancer: LoadBalancer, now_ns: int) -> None:
         *_budgets(balancer),
         *_servers(balancer, deadlines, now_ns),
         *_catalog(balancer),
+        *balancer.fleet.pools.out_of_date(now_ns),
         *_jobs(balancer, deadlines),
         *_orphans(balancer, deadlines),
     ]
@@ -205,6 +206,10 @@ def _catalog(balancer: LoadBalancer) -> Iterator[str]:
             yield f"{fleet.holders(model)} are said to have {model or 'any model'}, but {holders} have it"
         elif model is not None and fleet.pool(model).records != [server.models[model] for server in holders]:
             yield f"what is kept of the holders of {model} is out of date"
+
+
+    if fleet.outcasts() != [s for s in fleet if s.state is ServerState.DEAD or (s.is_alive and s.doubted)]:
+        yield "what is kept of the dead and doubted servers is out of date"
 
 
 def _draining(server: Server, due: int | None) -> Iterator[str]:

@@ -72,6 +72,7 @@ class Ledger:
         request.live_attempts.append(attempt)
         self.attempts[attempt_id] = attempt
         server.in_flight += 1
+        self._fleet.moved[server.id] = server
         target = attempt.target
         if target is not None:
             target.in_flight += 1
@@ -141,6 +142,7 @@ class Ledger:
             request.live_attempts.remove(attempt)
         self._timers.cancel(_ATTEMPT_TIMER, attempt.id)
         server.in_flight -= 1
+        self._fleet.moved[server.id] = server
         if target is not None:
             target.in_flight -= 1
             if attempt.first_token_ns is None:

@@ -17,6 +17,7 @@ from lbcore.events import Reason
 from lbcore.fleet import Fleet
 from lbcore.ollama import RequestKind, find_route
 from lbcore.records import Request, Server
+from lbcore.standing import Among
 from lbcore.states import Reliability, ServerState
 
 _MANY: Final = frozenset({Strategy.RACE, Strategy.HEDGE})
@@ -38,6 +39,8 @@ class Placement:
 
     def order(self, candidates: Sequence[Server], request: Request, now_ns: int) -> Sequence[Server]:
         """Return the candidates, the one to ask first in front."""
+        if type(candidates) is Among:
+            return candidates.order(request, self._config, self._rng, now_ns)
         holders = self._fleet.pool(request.model)
         records = holders.records if candidates is holders.servers else None
         return selection.order(candidates, request, self._config, self._rng, now_ns, records)
@@ -80,7 +83,7 @@ class Placement:
         extra = list(ordered[1:n_min]) if n_min > 1 else []
         if self._resurrect_rng.random() < self._resurrect and len(extra) < n_max:
             extra += self._outcast(request, [ordered[0], *extra])
-        if len(extra) < n_max and budget.credits >= 1.0 and self._is_used_at_most(limit, request.model):
+        if len(extra) < n_max and budget.credits >= 1.0 and self._is_used_at_most(limit, request):
             for i in range(n_min, len(ordered)):
                 server = ordered[i]
                 if _is_trusted_and_ready(server, request, now_ns) and server not in extra and budget.spend():
@@ -91,26 +94,31 @@ class Placement:
 
     def _outcast(self, request: Request, chosen: Sequence[Server]) -> list[Server]:
         """Return a server that is dead or doubted, to find out whether it still is; it takes one racer's place."""
-        if request.event.servers:
+        model = request.model
+        if request.event.servers or model is None:
             return []
         outcasts = [
             s
-            for s in self._fleet
-            if s not in chosen
-            and (s.state is ServerState.DEAD or (s.doubted and s.is_alive))
-            and request.model is not None
-            and s.has(request.model)
-            and selection.has_room(s, request)
+            for s in self._fleet.outcasts()
+            if (record := s.models.get(model)) is not None
+            and (record.in_flight < s.in_flight_max or not request.generates)
+            and s.has(model)
+            and s not in chosen
         ]
         if not outcasts or not self.race_budget.spend():
             return []
         return [outcasts[self._resurrect_rng.randrange(len(outcasts))]]
 
-    def _is_used_at_most(self, limit: float, model: str | None) -> bool:
-        """Tell whether so small a share of this model's slots is in use on live servers that have it loaded."""
-        holders = self._fleet.pool(model)
+    def _is_used_at_most(self, limit: float, request: Request) -> bool:
+        """Tell whether so small a share of the model's slots is in use on live servers that have it loaded.
+
+        Of many servers, as it was when they were last looked at: for this request.
+        """
+        holders = self._fleet.pool(request.model)
         if not holders.slots:
             return True
+        if holders.are_many and not request.event.servers:
+            return self._fleet.pools.standing(request).in_slots / holders.slots <= limit
         if sum([record.in_flight for record in holders.records]) / holders.slots <= limit:
             return True  # even if each of them was in a slot
         pairs = zip(holders.servers, holders.records, strict=True)
@@ -123,25 +131,39 @@ class Placement:
         One without an idle slot, and outside the race budget, only when every server asked so far is dead, doubted or
         unreliable.
         """
-        candidates = [
-            s for s in selection.eligible(self.holders(request), request) if selection.has_room(s, request)
-        ]
         hopeless = all(is_in_doubt(attempt.server) for attempt in request.live_attempts)
-        ready = [s for s in candidates if selection.is_ready(s, request) and not selection.is_passed_over(s, now_ns)]
-        usable = ready or (candidates if hopeless else [])
+        usable = self._untried(request, now_ns, ready_only=True)
+        if not usable and hopeless:
+            usable = self._untried(request, now_ns)
         if not usable or not (hopeless or self._may_hedge(request)):
             return None
         return self.order(usable, request, now_ns)[0]
 
     def _may_hedge(self, request: Request) -> bool:
         limit = self._config.race.hedge_utilisation_max
-        return self._is_used_at_most(limit, request.model) and self.race_budget.spend()
+        return self._is_used_at_most(limit, request) and self.race_budget.spend()
+
+    def _untried(self, request: Request, now_ns: int, *, ready_only: bool = False) -> Sequence[Server]:
+        """Return who has what the request needs and room for it, and was not asked yet.
+
+        `ready_only`: and would start at once, and is not passed over; of many, those may only be the first in order.
+        """
+        usable: list[Server]
+        if not request.event.servers and self._fleet.pool(request.model).are_many:
+            among = self._fleet.pools.among(request, now_ns, request.tried())
+            if not ready_only or among.standing.begins_ready():
+                return among
+            usable = among.listed()
+        else:
+            usable = selection.with_room(selection.eligible(self.holders(request), request), request)
+        if not ready_only:
+            return usable
+        return [s for s in usable if selection.is_ready(s, request) and not selection.is_passed_over(s, now_ns)]
 
     def next_after_failure(self, request: Request, now_ns: int) -> Server | None:
         """Return the next server that could answer, a full one or a dead one if there is no better."""
         holders = self.holders(request)
-        candidates = selection.eligible(holders, request)
-        usable = selection.with_room(candidates, request) or candidates or self.dead(request)
+        usable = self._untried(request, now_ns) or selection.eligible(holders, request) or self.dead(request)
         if usable:
             return self.order(usable, request, now_ns)[0]
         lacks = request.failures and request.failures[-1].reason is Reason.MODEL_NOT_FOUND

@@ -391,5 +391,9 @@ class Request:
 
     def has_tried(self, server: Server) -> bool:
         """Tell whether this server was asked already, for the model in use."""
+        return any(tried is server for tried in self.tried())
+
+    def tried(self) -> list[Server]:
+        """Return the servers that were asked already, for the model in use."""
         attempts = self.attempts if self.alias is None else self.attempts[self.alias.attempts_from :]
-        return any(attempt.server is server for attempt in attempts)
+        return [attempt.server for attempt in attempts]

@@ -106,7 +106,11 @@ class Requests:
             return True
         holders = self._fleet.pool(request.model)
         if holders.servers:
-            with_room = holders.with_room() if request.generates else holders.servers
+            with_room: Sequence[Server]
+            if holders.are_many:
+                with_room = self._fleet.pools.among(request, now_ns)
+            else:
+                with_room = holders.with_room() if request.generates else holders.servers
             if not with_room:
                 return False
             self._start_racing(request, with_room, now_ns)

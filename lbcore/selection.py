@@ -19,9 +19,9 @@ from lbcore.config import Config, Policy
 from lbcore.records import LOAD_UNKNOWN_NS, SERVICE_UNKNOWN_NS, TTFT_UNKNOWN_NS, Request, Server, ServerModel
 from lbcore.states import Reliability
 
-_LAST_RANKS: Final = 1000  # behind all others, in the same order among themselves
-_LOADS: Final = 1 << 40  # more than any load: the rank decides first
-_WEIGHT_MIN: Final = 1e-6  # of a server that has never been alive
+LAST_RANKS: Final = 1000  # behind all others, in the same order among themselves
+LOADS: Final = 1 << 40  # more than any load: the rank decides first
+WEIGHT_MIN: Final = 1e-6  # of a server that has never been alive
 _RELIABLE: Final = Reliability.RELIABLE  # bound once: a look-up in the enum's class costs more than what it is used for
 _SECOND_CHANCE: Final = Reliability.SECOND_CHANCE
 _BY_HEALTH: Final = Policy.HEALTH
@@ -75,7 +75,7 @@ def faded_ns(record: ServerModel, best_ns: float, now_ns: int, forget_ns: int) -
     return best_ns + (record.known_ns - best_ns) * faded
 
 
-def expected_ns(server: Server, record: ServerModel, request: Request, first_token_ns: float, now_ns: int) -> float:
+def expected_ns(server: Server, record: ServerModel, runner_key: str, first_token_ns: float, now_ns: int) -> float:
     """Return when a first token can be expected, ns from now: the queue, the load and the prompt.
 
     A server that has just failed is taken to fail until its time is over.
@@ -84,7 +84,7 @@ def expected_ns(server: Server, record: ServerModel, request: Request, first_tok
     waiting = record.in_flight - server.slots + 1
     if waiting > 0:
         expected += waiting * (record.service_ns or SERVICE_UNKNOWN_NS) / server.slots
-    if not record.is_warm(request.runner_key):
+    if not record.is_warm(runner_key):
         loads_before = sum(1 for other in server.models.values() if other.loading and other is not record)
         expected += (1 + loads_before) * (record.load_ns or LOAD_UNKNOWN_NS)
     return expected
@@ -110,21 +110,18 @@ def order(
         ranks = [0] * len(candidates)
     else:
         ranks = ranks_of(candidates, records or [s.models[model] for s in candidates], request, config, now_ns)
-    for i in [
-        i
-        for i, server in enumerate(candidates)
-        if server.reliability is not _RELIABLE
-        and (now_ns < server.trusted_from_ns or is_passed_over(server, now_ns))  # a call less
-    ]:
-        ranks[i] += _LAST_RANKS
-    if config.selection.policy is not _BY_HEALTH:  # `load_of`, without a call for each
-        ranks = [rank * _LOADS + (s.in_flight << 10) // s.slots for rank, s in zip(ranks, candidates, strict=True)]
-    return Drawn(candidates, ranks, rng)
+    by_load = config.selection.policy is not _BY_HEALTH
+    keys = []
+    for server, key in zip(candidates, ranks, strict=True):
+        if server.reliability is not _RELIABLE and is_passed_over(server, now_ns):
+            key += LAST_RANKS  # noqa: PLW2901
+        keys.append(key * LOADS + (server.in_flight << 10) // server.slots if by_load else key)  # `load_of`
+    return Drawn(len(candidates), _draw(candidates, keys, rng))
 
 
 def weight_of(server: Server) -> float:
     """Return the weight with which a server is drawn among those of its rank."""
-    return (server.health or _WEIGHT_MIN) / (1 + server.in_flight)
+    return (server.health or WEIGHT_MIN) / (1 + server.in_flight)
 
 
 def load_of(server: Server) -> int:
@@ -133,14 +130,14 @@ def load_of(server: Server) -> int:
 
 
 class Drawn(Sequence[Server]):
-    """Servers in the order in which `_draw` yields them; mostly one or two of many are looked at and drawn."""
+    """So many servers in the order in which they are drawn; mostly one or two of many are looked at, and drawn."""
 
     __slots__ = ("_drawn", "_n", "_source")
 
-    def __init__(self, candidates: Sequence[Server], ranks: list[int], rng: Random) -> None:
-        self._n = len(candidates)
+    def __init__(self, n: int, source: Iterator[Server]) -> None:
+        self._n = n
         self._drawn: list[Server] = []
-        self._source = _draw(candidates, ranks, rng)
+        self._source = source
 
     def __len__(self) -> int:
         return self._n
@@ -166,7 +163,7 @@ def _draw(candidates: Sequence[Server], ranks: list[int], rng: Random) -> Iterat
         rank = min(rest)
         group = [server for server, its_rank in zip(candidates, ranks, strict=True) if its_rank == rank]
         if len(group) > 1:  # `weight_of`, without a call for each
-            weights = [(s.health or _WEIGHT_MIN) / (1 + s.in_flight) for s in group]
+            weights = [(s.health or WEIGHT_MIN) / (1 + s.in_flight) for s in group]
         while len(group) > 1:
             left = rng.random() * sum(weights)
             i = 0
@@ -206,7 +203,7 @@ def ranks_of(
         or record.failing_until_ns > now_ns
         or (record.runner_key != runner_key and record.runner_key is not None)
     ]:
-        expected[i] = expected_ns(candidates[i], records[i], request, expected[i], now_ns)
+        expected[i] = expected_ns(candidates[i], records[i], runner_key, expected[i], now_ns)
     soonest = max(min(expected), 1.0)
     limit = 2 * soonest
     return [0 if e < limit else int(e / soonest).bit_length() - 1 for e in expected]

@@ -90,7 +90,7 @@ CLASSES: Mapping[str, type] = {cls.__name__: cls for cls in (*VALUES, *_SHARED, 
 _PARTS = ("timers", "fleet", "ledger", "placement", "provision", "_broadcast", "_requests", "_attempts")
 """The parts of a balancer that hold state; a new balancer makes them anew, and they are filled."""
 
-_CACHES = frozenset({("Fleet", "_holders")})
+_CACHES = frozenset({("Fleet", name) for name in ("pools", "touched", "moved", "_outcasts")})
 """(class, attribute) of what fills again by itself."""
 
 PLAIN: Final = frozenset({type(None), bool, int, float, str})

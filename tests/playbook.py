@@ -324,6 +324,10 @@ class Playbook:
         assert server is not None, name
         return server
 
+    def doubt(self, name: str) -> None:
+        """Doubt a server, as after many lost races."""
+        self.balancer.fleet.set_doubted(self.server(name), doubted=True)
+
     def model(self, name: str, model: str = MODEL) -> ServerModel:
         """Return the record of a model on a server."""
         return self.server(name).models[model]

@@ -88,7 +88,7 @@ def test_no_hedge_is_started_once_a_first_token_has_come() -> None:
 
 def test_a_draining_server_is_not_resurrected_because_it_is_doubted() -> None:
     book = fleet("a b", health=HealthSettings(resurrect=1.0), race=RaceSettings(racers_max=2, hedges_max=0))
-    book.server("b").doubted = True
+    book.doubt("b")
     busy = book.balancer.fleet.servers[book.server("b").id]
     first, second = book.race(1)  # b is tried as an outcast
     assert second.server == "b"
@@ -390,13 +390,13 @@ def test_a_paused_answer_that_is_read_slowly_is_not_the_servers_fault() -> None:
 
 def test_the_budget_for_races_holds_for_outcasts_too() -> None:
     book = fleet("a b", health=HealthSettings(resurrect=1.0), race=RaceSettings(budget=0.0, hedges_max=0))
-    book.server("b").doubted = True
+    book.doubt("b")
     book.alone(1, "a")
 
 
 def test_a_wasted_racer_place_is_not_paid_for() -> None:
     book = fleet("a b c", health=HealthSettings(resurrect=1.0), race=RaceSettings(hedges_max=0))
-    book.server("c").doubted = True
+    book.doubt("c")
     before = book.balancer.placement.race_budget.credits
     _, outcast = book.race(1)
     assert outcast.server == "c"

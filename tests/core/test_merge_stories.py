@@ -217,7 +217,8 @@ def test_a_question_for_a_blob_is_put_to_each_server_once_though_one_dies() -> N
     book >> arrival(1, None, route=BLOBS, stream=False, servers=("a", "b")) << StartMerge(1, (1, 2))
     first, second = book.started(1, server="a"), book.started(1, server="b")
     for _ in range(2):
-        book.server("a").doubted = book.server("b").doubted = True
+        book.doubt("a")
+        book.doubt("b")
     book.failed(first, Reason.RESET) << book.probed("a")
     book.done()
     book.failed(second, Reason.RESET) << book.probed("b") << EndMerge(1)

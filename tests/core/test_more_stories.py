@@ -68,13 +68,13 @@ def test_a_hedge_waits_for_an_idle_slot() -> None:
 
 def test_a_doubted_server_chosen_first_gets_a_companion_even_without_budget() -> None:
     book = fleet("a b", race=RaceSettings(hedges_max=0, budget=0.0))
-    book.server("a").doubted = True
+    book.doubt("a")
     assert [attempt.server for attempt in book.race(1)] == ["a", "b"]
 
 
 def test_an_answer_ends_doubt() -> None:
     book = fleet("a b", race=RaceSettings(hedges_max=0, budget=0.0))
-    book.server("a").doubted = True
+    book.doubt("a")
     first, second = book.race(1)
     book.token(first) << CommitAttempt(1, first.id) << lost(second)
     assert not book.server("a").doubted

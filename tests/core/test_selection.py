@@ -42,7 +42,7 @@ SERVERS = st.lists(
 )
 
 
-def _server(i: int, facts: dict[str, Any]) -> Server:
+def server_of(i: int, facts: dict[str, Any]) -> Server:
     server = Server(i, ServerSettings(url=f"http://s{i}:1", name=f"s{i}", slots=facts["slots"]))
     server.state = ServerState.HEALTHY
     record, other = server.model(MODEL), server.model("other:latest")
@@ -65,7 +65,7 @@ def _server(i: int, facts: dict[str, Any]) -> Server:
 def test_the_order_is_that_of_its_clear_version_however_it_is_looked_at(
     facts: list[dict[str, Any]], generates: bool, policy: Policy, seed: int, looks: list[int]
 ) -> None:
-    servers = [_server(i, some) for i, some in enumerate(facts, 1)]
+    servers = [server_of(i, some) for i, some in enumerate(facts, 1)]
     config = Config(selection=SelectionSettings(policy=policy))
     arrived = RequestArrived(1, "/api/chat", "m", stream=True, generates=generates)
     request = Request(arrived, MODEL, RouteSettings(), 0)
@@ -84,7 +84,7 @@ def test_only_who_is_looked_at_costs_a_random_number() -> None:
     facts = dict.fromkeys(("trusted_from_ns", "in_flight", "known_ns", "seen_ns", "loads"), 0)
     server_facts = {**facts, "health": 1.0, "slots": 1, "loaded": True, "reliability": Reliability.RELIABLE}
     servers = [
-        _server(i, {**server_facts, "runner_key": None, "service_ns": None, "load_ns": None}) for i in range(1, 101)
+        server_of(i, {**server_facts, "runner_key": None, "service_ns": None, "load_ns": None}) for i in range(1, 101)
     ]
     request = Request(RequestArrived(1, "/api/chat", "m", generates=True), MODEL, RouteSettings(), 0)
     rng, same = Random(1), Random(1)

@@ -34,7 +34,8 @@ ABOVE = {
 }
 STATELESS = {
     "Setting", "Field", "Route", "Ending", "BodyFacts", "Problem", "RouteTable",  # known before anything happens
-    "Holders", "Drawn", "Place", "Step",  # made anew when they are needed
+    "Pools", "Holders", "Standing", "Least", "Lots", "Among", "Drawn",  # caches
+    "Place", "Step",  # made anew when they are needed
 }  # fmt: skip
 
 

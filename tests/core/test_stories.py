@@ -99,7 +99,7 @@ def test_a_server_in_doubt_is_hedged_however_busy_the_fleet_is() -> None:
     race = RaceSettings(racers_max=1, hedge_delay_initial_ns=SECOND_NS, hedge_utilisation_max=0.0)
     book = fleet("a b", race=race)
     book.alone(1, "a")
-    book.server("a").doubted = True
+    book.doubt("a")
     book.after(1000)
     book.started(1, AttemptKind.HEDGE, "b")
 

@@ -73,6 +73,7 @@ def test_servers_are_drawn_by_health() -> None:
 def test_one_racer_may_be_a_dead_server() -> None:
     book = told("a b c d e f g", health=HealthSettings(resurrect=1.0))
     book.server("c").state, book.server("c").health = ServerState.DEAD, 0.5
+    book.balancer.fleet.judge(book.server("c"))
     book.balancer.fleet._changed()
     chosen = [attempt.server for attempt in book.race(1)]
     assert len(chosen) == 6
@@ -91,6 +92,7 @@ def test_there_is_no_queue_and_nobody_is_an_error() -> None:
     book >> arrival(1, "unknown") << rejected(1, 404, "unknown")
     for server in book.balancer.fleet:
         server.state, server.health = ServerState.DEAD, 0.5
+        book.balancer.fleet.judge(server)
     book.balancer.fleet._changed()
     book >> arrival(2) << rejected(2, 502, "no server is reachable")
     assert book.outcome(2) is Decision.REJECTED
@@ -162,6 +164,7 @@ def test_when_all_fail_the_last_answer_is_passed_on_or_the_failures_are_named() 
     assert book.outcome(1) is Decision.FAILED
     for server in book.balancer.fleet:
         server.state, server.health = ServerState.HEALTHY, 4.0
+        book.balancer.fleet.judge(server)
     book.balancer.fleet._changed()
     c, d = book.race(2)
     book.failed(c, Reason.RESET).done()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lbcore import pools
 from lbcore.ledger import Ledger
 from simulator.cli import load_scenario
 from simulator.faults import FaultKind
@@ -31,6 +32,17 @@ def test_a_thousand_random_runs_keep_every_promise(chunk: int) -> None:
         if (run := run_seed(seed)).violations
     }
     assert failing == {}
+
+
+def test_runs_are_the_same_where_few_servers_count_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order that is kept is audited after every step, and everybody is chosen as without it."""
+
+    def without_time() -> list[Any]:
+        return [(r.violations, r.n_requests, r.n_attempts, r.n_events) for r in map(run_seed, range(2001, 2041))]
+
+    expected = without_time()
+    monkeypatch.setattr(pools, "FEW", 0)
+    assert without_time() == expected
 
 
 def told(result: RunResult) -> list[Any]:
