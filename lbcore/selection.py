@@ -20,7 +20,7 @@ from lbcore.records import LOAD_UNKNOWN_NS, SERVICE_UNKNOWN_NS, TTFT_UNKNOWN_NS,
 from lbcore.states import Reliability
 
 LAST_RANKS: Final = 1000  # behind all others, in the same order among themselves
-LOADS: Final = 1 << 40  # more than any load: the rank decides first
+LOADS: Final = 1 << 29  # more than any load: the rank decides first; products are quick below 2 ** 30 when compiled
 WEIGHT_MIN: Final = 1e-6  # of a server that has never been alive
 _RELIABLE: Final = Reliability.RELIABLE  # bound once: a look-up in the enum's class costs more than what it is used for
 _SECOND_CHANCE: Final = Reliability.SECOND_CHANCE

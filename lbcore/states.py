@@ -16,7 +16,7 @@ _InputT = TypeVar("_InputT", bound=StrEnum)
 
 def _by_state(
     table: Mapping[tuple[_StateT, _InputT], _StateT], states: type[_StateT]
-) -> Mapping[_StateT, Mapping[_InputT, _StateT]]:
+) -> dict[_StateT, dict[_InputT, _StateT]]:
     """Return the same table as one row a state, empty for a final one: such a look-up makes no tuple to hash."""
     return {state: {given: to for (at, given), to in table.items() if at is state} for state in states}
 

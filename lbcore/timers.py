@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from enum import IntEnum
 from heapq import heapify, heappop, heappush
-from typing import Final
+from typing import Any, Final
 
 _SLACK: Final = 64
 """Stale heap entries that are tolerated beyond the number of armed timers before the heap is rebuilt."""
+
+
+_Entry = tuple[int, Any, Any, Any]
+"""Deadline, sequence number, kind and owner; not `int`, since a compiled core would make numbers of them, and back."""
 
 
 class TimerKind(IntEnum):
@@ -31,7 +35,7 @@ class Timers:
     __slots__ = ("_armed", "_heap", "_seq")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, TimerKind, int]] = []
+        self._heap: list[_Entry] = []
         self._armed: tuple[dict[int, int], ...] = tuple({} for _ in TimerKind)
         """For each kind: by owner, the sequence number of the entry that counts."""
         self._seq = 0
