@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 MODULES = (
-    "__init__", "admission", "aliases", "attempts", "balancer", "broadcast", "config", "fleet", "health", "ledger",
+    "admission", "aliases", "attempts", "balancer", "broadcast", "compiled", "config", "fleet", "health", "ledger",
     "memory", "parts", "placement", "provision", "race", "records", "requests", "selection", "states", "timers",
     "witness",
 )  # fmt: skip

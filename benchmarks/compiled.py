@@ -24,8 +24,8 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-import lbcore
 from benchmarks.kit import RESULTS
+from lbcore.compiled import is_compiled
 
 ROOT = Path(__file__).parent.parent
 BUILDS = RESULTS / ".compiled"
@@ -110,7 +110,7 @@ def environment(core: Path | None) -> dict[str, str]:
 
     None: the plain core of this checkout, unless that was compiled in its place: then a copy of its sources.
     """
-    if core is None and lbcore.is_compiled():
+    if core is None and is_compiled():
         core = BUILDS / "plain"
         shutil.rmtree(core, ignore_errors=True)
         core.mkdir(parents=True)
@@ -128,7 +128,7 @@ def tell(n_calls: int, n_scenarios: int) -> Iterator[str]:
     from lbcore.snapshot import take  # noqa: PLC0415
     from simulator.sweeps.swarm import run_tables, swarm_scenario  # noqa: PLC0415
 
-    yield "compiled" if lbcore.is_compiled() else "plain"
+    yield "compiled" if is_compiled() else "plain"
     for n_servers in _FLEETS:
         balancer = new_balancer(n_servers)
         for n, (event, now_ns) in enumerate(Recorder(n_servers).record(n_calls)):

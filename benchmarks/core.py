@@ -34,9 +34,10 @@ from typing import Any
 
 from benchmarks import compiled
 from benchmarks.kit import MS_NS, NS_PER_S, Figure, Report, ended, finish, median, parser, ratios, spread
-from lbcore import events, is_compiled
+from lbcore import events
 from lbcore.balancer import LoadBalancer
 from lbcore.commands import CancelAttempt, Command, CommitAttempt, StartAttempt, StartProbe
+from lbcore.compiled import is_compiled
 from lbcore.config import Config, RaceSettings, ServerSettings
 from lbcore.ollama import RequestKind, default_routes
 

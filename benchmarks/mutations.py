@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lbcore import is_compiled
+from lbcore.compiled import is_compiled
 from lbcore.invariants import Auditor
 from simulator.sweeps.swarm import run_seed
 

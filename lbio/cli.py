@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lbcore import __version__, is_compiled
+from lbcore import __version__
+from lbcore.compiled import is_compiled
 from lbio.subcommands.key_command import key
 from lbio.subcommands.models_command import models
 from lbio.subcommands.why_command import why

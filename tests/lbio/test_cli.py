@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from lbcore import __version__, is_compiled
+from lbcore import __version__
+from lbcore.compiled import is_compiled
 from lbcore.config import Config
 from lbcore.units import format_duration
 from lbio.cli import main

@@ -335,7 +335,7 @@ def test_a_state_that_cannot_be_written_ends_the_recording_and_nothing_else(
 ) -> None:
     it = driven(bytes_max=60_000)
     it.serve(5)
-    it.balancer.fleet.stranger = object()  # type: ignore[attr-defined]
+    it.balancer.fleet.stats["stranger"] = object()  # type: ignore[assignment]
     it.serve(500)
     assert [m for m in caplog.messages if m.startswith("nothing is recorded any more: a builtins.object")]
     assert len(caplog.messages) == 1
