@@ -40,7 +40,7 @@ class Placement:
     def order(self, candidates: Sequence[Server], request: Request, now_ns: int) -> Sequence[Server]:
         """Return the candidates, the one to ask first in front."""
         if type(candidates) is Among:
-            return candidates.order(request, self._config, self._rng, now_ns)
+            return candidates.order(self._rng)
         holders = self._fleet.pool(request.model)
         records = holders.records if candidates is holders.servers else None
         return selection.order(candidates, request, self._config, self._rng, now_ns, records)

@@ -21,16 +21,16 @@ from math import inf, log
 from random import Random
 from typing import Final, overload
 
-from lbcore import selection
 from lbcore.blocks import Least, Lots
-from lbcore.config import Config, Policy, SelectionSettings
-from lbcore.records import TTFT_UNKNOWN_NS, Request, Server, ServerModel
+from lbcore.config import Policy, SelectionSettings
+from lbcore.records import TTFT_UNKNOWN_NS, Server, ServerModel
 from lbcore.selection import LAST_RANKS, LOADS, WEIGHT_MIN, Drawn, expected_ns, faded_ns, is_passed_over
 from lbcore.states import Reliability
 
 _OUT: Final = -1  # the key of a server that may not be asked
 _LN2: Final = log(2.0)
 _SURELY: Final = 1.0 - 1e-9  # a rank is said to hold only as far as rounding cannot matter
+_MOVES: Final = 0.998  # ranks allow for that much of the soonest time, where it shrinks
 _EARLY_NS: Final = 1024  # so large a moment in ns is not exact as a float
 _RELIABLE: Final = Reliability.RELIABLE
 
@@ -58,15 +58,16 @@ class Standing:
         "_records",
         "_runner_key",
         "_servers",
+        "_shrinks",
         "_soonest_ns",
         "_spare",
         "_stale",
         "_touched",
         "_unready",
         "_until",
+        "_window",
         "count",
         "in_slots",
-        "is_settled",
     )
 
     def __init__(
@@ -89,10 +90,12 @@ class Standing:
         self._stale: dict[int, None] = dict.fromkeys(range(n))  # places to be looked at anew; in a certain order
         self._may = [False] * n  # be asked
         self._known = Least(n)  # first-token times, as far as they are known
-        self._expected = Least(n)  # first-token times to be expected, where time alone does not change them
-        self._until = Least(n)  # how long their rank holds where it does
+        self._expected = Least(n)  # first-token times to be expected, as when they were last looked at
+        self._shrinks: dict[int, float] = {}  # places where they shrink by time alone, ns for each ns, at that moment
+        self._until = Least(n)  # how long their rank holds, where it may change by time alone
         self._best_ns: float = TTFT_UNKNOWN_NS
         self._soonest_ns: float = inf
+        self._window = inf, inf  # as long as the soonest time is in there, all other ranks hold
         self._keys = [_OUT] * n  # of the groups they are in: rank and load
         self._bases = [_OUT] * n  # the key without the load, where that is all that another request changes
         self._groups: dict[int, Lots] = {}
@@ -103,9 +106,6 @@ class Standing:
         """How many may be asked."""
         self.in_slots = 0
         """Requests in slots of servers that have the model loaded, whether they may be asked or not."""
-        self.is_settled = False
-        """Whether the order is known: not while who is the soonest changes by time alone."""
-
     def note(self, touched: Mapping[int, Server], moved: Mapping[int, Server]) -> None:
         """Take note of servers (by id) that may have changed: anything about them, or load and health alone (moved)."""
         self._touched.update(touched)
@@ -127,23 +127,23 @@ class Standing:
         self._shift()
         if not stale:
             return
-        best_ns, soonest_ns = self._best_ns, self._soonest_ns
+        best_ns = self._best_ns
         self._see(stale, left_out)
         known_ns = self._known.least()
         self._best_ns = known_ns if known_ns < inf else TTFT_UNKNOWN_NS
         if self._best_ns != best_ns:
             stale.update(dict.fromkeys(self._known.from_on(2 * min(best_ns, self._best_ns))))
-            if soonest_ns == best_ns:  # and so it will be, mostly
-                self._soonest_ns = self._best_ns
-                stale.update(dict.fromkeys(self._expected.from_on(2 * min(best_ns, self._best_ns))))
-        self.is_settled = True
+        self._expect(stale, now_ns)
+        low_ns, high_ns = self._window
+        self._soonest_ns = max(self._expected.least(), 1.0)
+        if not low_ns <= self._soonest_ns <= high_ns:
+            self._expect(list(self._shrinks), now_ns)
+            self._soonest_ns = soonest_ns = max(self._expected.least(), 1.0)
+            shrinks = self._expected.values.index(soonest_ns) in self._shrinks if soonest_ns > 1.0 else False
+            self._window = soonest_ns * _MOVES if shrinks else soonest_ns, soonest_ns
+            stale.update(dict.fromkeys(self._shrinks))
+            stale.update(dict.fromkeys(self._expected.from_on(2 * min(low_ns, self._window[0]))))
         self._rank(stale, now_ns)
-        soonest_ns = max(self._expected.least(), 1.0)
-        if soonest_ns != self._soonest_ns:
-            others = self._expected.from_on(2 * min(soonest_ns, self._soonest_ns))
-            self._soonest_ns = soonest_ns
-            self.is_settled = True
-            self._rank(others, now_ns)
         stale.clear()
         for place in left_out:
             stale[place] = None
@@ -165,7 +165,7 @@ class Standing:
         that would. False where that is not known for sure.
         """
         best_ns = self._best_ns
-        if not (self.is_settled and self._groups and self._soonest_ns == best_ns == self._known.least()):
+        if not (self._groups and self._soonest_ns == best_ns == self._known.least()):
             return False
         fastest = self._known.values.index(best_ns)
         if fastest in self._unready or self._expected.values[fastest] != best_ns:
@@ -181,7 +181,7 @@ class Standing:
         """Return all that the order follows from, to compare it with that of another one."""
         self.settle(now_ns)
         places = {key: [(i, w) for i, w in enumerate(lots.weights) if w] for key, lots in self._groups.items()}
-        return self.is_settled, places if self.is_settled else None, self.count, self.in_slots
+        return places, self.count, self.in_slots
 
     def _shift(self) -> None:
         """Put those back that were drawn, and those elsewhere of which load or health has changed, if that is all."""
@@ -210,9 +210,11 @@ class Standing:
     def _see(self, some: Iterable[int], left_out: Sequence[int]) -> None:
         """Look who may be asked, and what is known of them."""
         servers, records, all_may, known = self._servers, self._records, self._may, self._known
+        times = known.values
         plain = self._runner_key is not None
         for place in some:
-            may, known_ns = True, 0
+            may = True
+            known_ns: float = inf
             if records:
                 server, record = servers[place], records[place]
                 in_flight = record.in_flight
@@ -221,90 +223,104 @@ class Standing:
                     self.in_slots += in_slots - self._in_slots[place]
                     self._in_slots[place] = in_slots
                 if plain:
-                    known_ns = record.known_ns
+                    known_ns = record.known_ns or inf
                     may = in_flight < server.in_flight_max
             if left_out and place in left_out:
                 may = False
+            if not may:
+                known_ns = inf
             if may is not all_may[place]:
                 all_may[place] = may
                 self.count += 1 if may else -1
-            known.put(place, known_ns if may and known_ns else inf)
+            if times[place] != known_ns:
+                known.put(place, known_ns)
 
-    def _rank(self, some: Iterable[int], now_ns: int) -> None:
-        """Put servers where they belong."""
-        servers, all_may, best_ns, soonest_ns = self._servers, self._may, self._best_ns, self._soonest_ns
-        expected, until = self._expected, self._until
-        times, untils = expected.values, until.values
-        plain = self._runner_key is not None and not self._by_health
+    def _expect(self, some: Iterable[int], now_ns: int) -> None:
+        """Note when first tokens can be expected: what `selection.ranks_of` finds."""
+        servers, records, all_may, all_shrink, unready = (
+            self._servers, self._records, self._may, self._shrinks, self._unready,
+        )  # fmt: skip
+        runner_key, best_ns, forget_ns = self._runner_key, self._best_ns, self._forget_ns
+        expected, times = self._expected, self._expected.values
         for place in some:
             time_ns: float = inf
-            until_ns: float = inf
-            base = key = _OUT
-            weight = 0.0
-            if all_may[place]:
-                server = servers[place]
-                time_ns, shrinks, unready = self._expect(server, place, now_ns)
-                rank = 0 if time_ns < 2 * soonest_ns else int(time_ns / soonest_ns).bit_length() - 1
-                if shrinks:
-                    if time_ns < soonest_ns:
-                        self.is_settled = False
-                        until_ns = now_ns
-                    elif rank or soonest_ns > best_ns or shrinks >= 1.0:  # else it never falls below the soonest
-                        # It shrinks ever more slowly, so that its rank holds until then at least.
-                        left_ns = time_ns * _SURELY - soonest_ns * (1 << rank)
-                        until_ns = now_ns + int(max(left_ns, 0.0) / shrinks)
-                    time_ns = inf
-                if server.reliability is not _RELIABLE:
-                    if is_passed_over(server, now_ns):
-                        rank += LAST_RANKS
-                        unready = True
-                        if now_ns < server.trusted_from_ns:
-                            until_ns = min(until_ns, server.trusted_from_ns)
-                elif plain and not unready:
-                    base = rank * LOADS
-                if unready:
-                    self._unready[place] = None
-                else:
-                    self._unready.pop(place, None)
-                in_flight = server.in_flight
-                key = rank if self._by_health else rank * LOADS + (in_flight << 10) // server.slots
-                weight = (server.health or WEIGHT_MIN) / (1 + in_flight)
+            shrinks = 0.0
+            is_ready = True
+            if not all_may[place]:
+                pass
+            elif runner_key is None:
+                time_ns = 1.0
+            elif self._by_health:
+                server, record = servers[place], records[place]
+                is_ready = record.is_warm(runner_key)
+                time_ns = 1.0 if is_ready else 2.0
+                is_ready = is_ready and record.in_flight < server.slots
+            else:
+                server, record = servers[place], records[place]
+                time_ns = record.known_ns or best_ns
+                if time_ns >= 2 * best_ns:
+                    time_ns = faded_ns(record, best_ns, now_ns, forget_ns)
+                    shrinks = (time_ns - best_ns) * _LN2 / forget_ns
+                is_ready = (
+                    record.in_flight < server.slots
+                    and record.loaded
+                    and (record.runner_key is None or record.runner_key == runner_key)
+                )
+                if not is_ready or record.failing_until_ns > now_ns:
+                    time_ns = expected_ns(server, record, runner_key, time_ns, now_ns)
+                    if record.failing_until_ns > now_ns:
+                        shrinks += 1.0
             if times[place] != time_ns:
                 expected.put(place, time_ns)
+            if shrinks:
+                all_shrink[place] = shrinks
+            elif place in all_shrink:
+                del all_shrink[place]
+            if not is_ready:
+                unready[place] = None
+            elif place in unready:
+                del unready[place]
+
+    def _rank(self, some: Iterable[int], now_ns: int) -> None:
+        """Put servers where they belong, and note how long that holds."""
+        servers, all_may, all_shrink, bases = self._servers, self._may, self._shrinks, self._bases
+        best_ns, soonest_ns, (low_ns, high_ns) = self._best_ns, self._soonest_ns, self._window
+        times, until = self._expected.values, self._until
+        untils = until.values
+        plain = self._runner_key is not None and not self._by_health
+        for place in some:
+            if not all_may[place]:
+                until.put(place, inf)
+                bases[place] = _OUT
+                self._move(place, _OUT, 0.0)
+                continue
+            server = servers[place]
+            time_ns = times[place]
+            rank = 0 if time_ns < 2 * soonest_ns else int(time_ns / soonest_ns).bit_length() - 1
+            until_ns: float = inf
+            if low_ns < high_ns and time_ns >= low_ns * (2 << rank) * _SURELY:
+                until_ns = now_ns  # the soonest may shrink so far that this one falls behind by one more
+            elif place in all_shrink:
+                shrinks = all_shrink[place]
+                if rank or high_ns > best_ns or shrinks >= 1.0:  # else it never falls below the soonest
+                    # It shrinks ever more slowly, so that its rank holds until then at least.
+                    left_ns = time_ns * _SURELY - high_ns * (1 << rank)
+                    until_ns = now_ns + int(max(left_ns, 0.0) / shrinks)
+            bases[place] = _OUT
+            if server.reliability is not _RELIABLE:
+                if is_passed_over(server, now_ns):
+                    rank += LAST_RANKS
+                    self._unready[place] = None
+                    if now_ns < server.trusted_from_ns:
+                        until_ns = min(until_ns, server.trusted_from_ns)
+            elif plain and place not in self._unready:
+                bases[place] = rank * LOADS
             until_ns -= _EARLY_NS
             if not now_ns < untils[place] <= until_ns:  # to look again too early does no harm
                 until.put(place, until_ns)
-            self._bases[place] = base
-            self._move(place, key, weight)
-
-    def _expect(self, server: Server, place: int, now_ns: int) -> tuple[float, float, bool]:
-        """Return what `selection.ranks_of` expects, ns from now, how fast that shrinks now, in ns for each ns.
-
-        And whether the server would not start at once.
-        """
-        runner_key = self._runner_key
-        if runner_key is None:
-            return 1.0, 0.0, False
-        record = self._records[place]
-        if self._by_health:
-            is_warm = record.is_warm(runner_key)
-            return 1.0 if is_warm else 2.0, 0.0, record.in_flight >= server.slots or not is_warm
-        best_ns = self._best_ns
-        time_ns: float = record.known_ns or best_ns
-        shrinks = 0.0
-        if time_ns >= 2 * best_ns:
-            time_ns = faded_ns(record, best_ns, now_ns, self._forget_ns)
-            shrinks = (time_ns - best_ns) * _LN2 / self._forget_ns
-        unready = (
-            record.in_flight >= server.slots
-            or not record.loaded
-            or (record.runner_key != runner_key and record.runner_key is not None)
-        )
-        if unready or record.failing_until_ns > now_ns:
-            time_ns = expected_ns(server, record, runner_key, time_ns, now_ns)
-            if record.failing_until_ns > now_ns:
-                shrinks += 1.0
-        return time_ns, shrinks, unready
+            in_flight = server.in_flight
+            key = rank if self._by_health else rank * LOADS + (in_flight << 10) // server.slots
+            self._move(place, key, (server.health or WEIGHT_MIN) / (1 + in_flight))
 
     def _move(self, place: int, key: int, weight: float) -> None:
         """Put a server into a group, with its weight, and out of the one that it was in."""
@@ -361,8 +377,6 @@ class Among(Sequence[Server]):
             self._listed = self.standing.listed()
         return self._listed
 
-    def order(self, request: Request, config: Config, rng: Random, now_ns: int) -> Sequence[Server]:
-        """Return what `selection.order` gives for them, as it does."""
-        if self.standing.is_settled:
-            return Drawn(self._n, self.standing.draw(rng))
-        return selection.order(self.listed(), request, config, rng, now_ns)
+    def order(self, rng: Random) -> Sequence[Server]:
+        """Return them as `selection.order` does."""
+        return Drawn(self._n, self.standing.draw(rng))

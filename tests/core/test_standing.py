@@ -15,7 +15,9 @@ from hypothesis.stateful import run_state_machine_as_test
 from lbcore import pools, selection
 from lbcore.blocks import Least, Lots
 from lbcore.config import Config, Policy, RouteSettings, SelectionSettings
+from lbcore.errors import InvariantError
 from lbcore.events import RequestArrived
+from lbcore.invariants import audit
 from lbcore.records import Request, Server, ServerModel
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.standing import Among, Standing
@@ -23,6 +25,7 @@ from lbcore.states import Reliability
 from tests.core import test_machine
 from tests.core.test_determinism import digest_of_a_run
 from tests.core.test_selection import MODEL, SERVERS, server_of
+from tests.playbook import fleet
 
 CHANGES: dict[str, st.SearchStrategy[Any]] = {
     "health": st.sampled_from([0.0, 1.0, 1.5, 40.0, 100.0]),
@@ -128,8 +131,8 @@ def test_the_order_that_is_kept_is_the_one_that_is_looked_for(
                 expected = selection.order(usable, request, config, Random(seed), now_ns)
                 if kept.begins_ready():
                     assert expected[0] is selection.order(ready, request, config, Random(seed), now_ns)[0]
-                drawn = among.order(request, config, Random(seed), now_ns)
-                again = Among(made_anew(), now_ns, tried).order(request, config, Random(seed), now_ns)
+                drawn = among.order(Random(seed))
+                again = Among(made_anew(), now_ns, tried).order(Random(seed))
                 n = at or len(usable)  # mostly the first few are looked at, and the others stay where they were
                 assert list(drawn[:n] if at else drawn) == list(expected)[:n] == list(again)[:n]
 
@@ -178,6 +181,17 @@ def test_whatever_happens_the_order_of_many_is_right(monkeypatch: pytest.MonkeyP
             phases=[Phase.reuse, Phase.generate],
         ),
     )
+
+
+def test_the_audit_tells_of_an_order_that_is_out_of_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "FEW", 0)
+    book = fleet("a b")
+    first, _ = book.race(1)
+    audit(book.balancer, book.now_ns)
+    book.balancer.fleet.moved.clear()
+    book.server(first.server).health = 7.0  # of which nobody was told
+    with pytest.raises(InvariantError, match="the order of the holders of m:latest"):
+        audit(book.balancer, book.now_ns)
 
 
 # --- their parts -------------------------------------------------------------------------------------------
