@@ -137,6 +137,48 @@ def test_the_order_that_is_kept_is_the_one_that_is_looked_for(
                 assert list(drawn[:n] if at else drawn) == list(expected)[:n] == list(again)[:n]
 
 
+@given(
+    known_ms=st.lists(st.integers(60, 900), min_size=2, max_size=12),
+    full=st.lists(st.booleans(), min_size=12, max_size=12),
+    failing_ms=st.lists(st.sampled_from([0, 0, 0, 0, 100, 500, 2000]), min_size=12, max_size=12),
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("time"), st.floats(0, 5).map(lambda power: round(MS_NS * 10.0**power)), st.just(0)),
+            st.tuples(st.just("full"), st.integers(0, 11), st.integers(0, 1)),
+            st.tuples(st.just("known"), st.integers(0, 11), st.integers(20, 900)),
+        ),
+        min_size=1,
+        max_size=20,
+    ),
+)
+def test_times_that_fade_are_ranked_at_every_moment_as_they_are_then(
+    known_ms: list[int], full: list[bool], failing_ms: list[int], steps: list[tuple[str, int, int]]
+) -> None:
+    """The fast ones are full, or fail, so that even the soonest time is one that shrinks."""
+    now_ns = 1000 * SECOND_NS
+    servers = [server_of(i, {**_PLAIN, "known_ns": ms * MS_NS, "service_ns": 5e9}) for i, ms in enumerate(known_ms)]
+    records = [server.models[MODEL] for server in servers]
+    config = Config()
+    request = Request(RequestArrived(1, "/api/chat", "m", generates=True), MODEL, RouteSettings(), 0)
+    for server, record, is_full, ms in zip(servers, records, full, failing_ms, strict=False):
+        record.seen_ns, record.failing_until_ns = now_ns, now_ns + ms * MS_NS
+        record.in_flight = server.in_flight = int(is_full)
+    kept = Standing(servers, records, "", config.selection)
+    for seed, (name, at, value) in enumerate(steps):
+        server = servers[at % len(servers)]
+        record = server.models[MODEL]
+        if name == "time":
+            now_ns += at
+        elif name == "full":
+            record.in_flight = server.in_flight = value
+            kept.note({}, {server.id: server})
+        else:
+            record.known_ns, record.seen_ns = value * MS_NS, now_ns
+            kept.note({server.id: server}, {})
+        expected = selection.order(servers, request, config, Random(seed), now_ns)
+        assert list(Among(kept, now_ns).order(Random(seed))) == list(expected)
+
+
 def test_few_of_many_are_looked_at_and_drawn() -> None:
     rng, same = Random(1), Random(1)
     servers = [server_of(i, _PLAIN) for i in range(1000)]
