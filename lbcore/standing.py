@@ -177,6 +177,10 @@ class Standing:
         """Return those that may be asked, in the order in which they were named."""
         return [server for server, may in zip(self._servers, self._may, strict=True) if may]
 
+    def ranks(self) -> list[int]:
+        """Return the ranks as `selection.ranks_of` does, of those that may be asked and are not passed over."""
+        return [key if self._by_health else key // LOADS for key in self._keys if 0 <= key < LAST_RANKS * LOADS]
+
     def as_told(self, now_ns: int) -> tuple[object, ...]:
         """Return all that the order follows from, to compare it with that of another one."""
         self.settle(now_ns)
@@ -302,7 +306,7 @@ class Standing:
                 until_ns = now_ns  # the soonest may shrink so far that this one falls behind by one more
             elif place in all_shrink:
                 shrinks = all_shrink[place]
-                if rank or high_ns > best_ns or shrinks >= 1.0:  # else it never falls below the soonest
+                if rank or high_ns > best_ns:  # else it never falls below the soonest
                     # It shrinks ever more slowly, so that its rank holds until then at least.
                     left_ns = time_ns * _SURELY - high_ns * (1 << rank)
                     until_ns = now_ns + int(max(left_ns, 0.0) / shrinks)

@@ -179,6 +179,32 @@ def test_times_that_fade_are_ranked_at_every_moment_as_they_are_then(
         assert list(Among(kept, now_ns).order(Random(seed))) == list(expected)
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_a_rank_changes_in_the_moment_in_which_it_has_to(seed: int) -> None:
+    """Among servers whose times stand near the limits of ranks, looked at in small and in large steps."""
+    rng, now_ns = Random(seed), 1000 * SECOND_NS
+    servers, config = [], Config()
+    for i in range(12):
+        known_ms = rng.choice([100, 140, 199, 200, 250, 300, 400])
+        near_ms = rng.choice([100, 140, 150, 200, 250]) * 2 ** rng.randrange(1, 4) * rng.uniform(0.997, 1.003)
+        facts = {"known_ns": known_ms * MS_NS, "service_ns": max(1.0, (near_ms - known_ms) * MS_NS)}
+        servers.append(server_of(i, {**_PLAIN, **facts, "in_flight": rng.randrange(2)}))
+        record = servers[-1].models[MODEL]
+        record.seen_ns = now_ns - rng.randrange(400) * SECOND_NS
+        record.failing_until_ns = now_ns + rng.choice([0, 0, 0, 0, 0, 300, 3000]) * MS_NS
+    request = Request(RequestArrived(1, "/api/chat", "m", generates=True), MODEL, RouteSettings(), 0)
+    kept = Standing(servers, [server.models[MODEL] for server in servers], "", config.selection)
+    for _ in range(120):
+        if rng.random() < 0.1:
+            server = servers[rng.randrange(12)]
+            server.in_flight = server.models[MODEL].in_flight = 1 - server.in_flight
+            kept.note({}, {server.id: server})
+        now_ns += round(MS_NS * 10 ** rng.uniform(0, 4.2))
+        kept.settle(now_ns)
+        expected = selection.ranks_of(servers, [s.models[MODEL] for s in servers], request, config, now_ns)
+        assert kept.ranks() == expected
+
+
 def test_few_of_many_are_looked_at_and_drawn() -> None:
     rng, same = Random(1), Random(1)
     servers = [server_of(i, _PLAIN) for i in range(1000)]
