@@ -11,9 +11,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 MODULES = (
-    "admission", "aliases", "attempts", "balancer", "broadcast", "compiled", "config", "fleet", "health", "ledger",
-    "memory", "parts", "placement", "provision", "race", "records", "requests", "selection", "states", "timers",
-    "witness",
+    "admission", "aliases", "attempts", "balancer", "blocks", "broadcast", "compiled", "config", "fleet", "health",
+    "ledger", "memory", "parts", "placement", "provision", "race", "records", "requests", "selection", "standing",
+    "states", "timers", "witness",
 )  # fmt: skip
 """What decides, and what every call passes through.
 

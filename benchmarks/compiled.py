@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 BUILDS = RESULTS / ".compiled"
 N_CALLS = 20_000
 N_SCENARIOS = 20
-_FLEETS = (4, 100)
+_FLEETS = (4, 100, 1000)
 _STATE_EVERY = 2_000
 _SHOWN_BEFORE = 100
 

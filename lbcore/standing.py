@@ -93,7 +93,7 @@ class Standing:
         self._expected = Least(n)  # first-token times to be expected, as when they were last looked at
         self._shrinks: dict[int, float] = {}  # places where they shrink by time alone, ns for each ns, at that moment
         self._until = Least(n)  # how long their rank holds, where it may change by time alone
-        self._best_ns: float = TTFT_UNKNOWN_NS
+        self._best_ns: float = float(TTFT_UNKNOWN_NS)
         self._soonest_ns: float = inf
         self._window = inf, inf  # as long as the soonest time is in there, all other ranks hold
         self._keys = [_OUT] * n  # of the groups they are in: rank and load
@@ -303,13 +303,13 @@ class Standing:
             rank = 0 if time_ns < 2 * soonest_ns else int(time_ns / soonest_ns).bit_length() - 1
             until_ns: float = inf
             if low_ns < high_ns and time_ns >= low_ns * (2 << rank) * _SURELY:
-                until_ns = now_ns  # the soonest may shrink so far that this one falls behind by one more
+                until_ns = float(now_ns)  # the soonest may shrink so far that this one falls behind by one more
             elif place in all_shrink:
                 shrinks = all_shrink[place]
                 if rank or high_ns > best_ns:  # else it never falls below the soonest
                     # It shrinks ever more slowly, so that its rank holds until then at least.
                     left_ns = time_ns * _SURELY - high_ns * (1 << rank)
-                    until_ns = now_ns + int(max(left_ns, 0.0) / shrinks)
+                    until_ns = float(now_ns + int(max(left_ns, 0.0) / shrinks))
             bases[place] = _OUT
             if server.reliability is not _RELIABLE:
                 if is_passed_over(server, now_ns):
