@@ -49,12 +49,14 @@ class Relay:
         "_framing",
         "_is_closed",
         "_is_line_open",
+        "_is_ordinary",
         "_news",
         "_problem",
         "_run",
         "_scope",
         "_tail",
         "_unsent",
+        "_write_nowait",
     )
 
     def __init__(self, exchange: Exchange, run: AttemptRun, answer: Answer, client: ClientStream, core: Core) -> None:
@@ -62,6 +64,8 @@ class Relay:
         self._run = run
         self._answer = answer
         self._client = client
+        self._write_nowait = client.write_nowait
+        self._is_ordinary = answer.watcher.is_ordinary
         self._core = core
         self._framing = Framing.NONE
         self._close = True
@@ -108,16 +112,20 @@ class Relay:
         Such a line is all that mostly comes, and nothing of it needs to be taken apart or framed anew. Returns how many
         bytes of a body that was; 0: it is for `feed`.
         """
-        begin = size_line(len(data))
-        if not self._at_rest or not self._answer.watcher.is_ordinary(data, begin):
+        size = len(data)
+        begin = size_line(size)
+        if not self._at_rest or not self._is_ordinary(data, begin):
             return 0
         try:
-            self._write(data)
+            at = self._write_nowait(data) if not self._unsent else 0
         except ClientGone as error:
             self._problem = error
-        if self._unsent or self._problem is not None:
             self.wake()
-        return len(data) - len(begin) - 2
+        else:
+            if at < size:
+                self._leave(data[at:])
+                self.wake()
+        return size - len(begin) - 2
 
     def feed(self, payload: bytes) -> None:
         """Write the next piece of the body, and after the last one the end of it, if that is a good one."""
@@ -145,10 +153,14 @@ class Relay:
         """Write what the client takes at once. Raises ClientGone."""
         if not data:
             return
-        at = self._client.write_nowait(data) if not self._unsent else 0
+        at = self._write_nowait(data) if not self._unsent else 0
         if at < len(data):
-            self._unsent += data[at:] if at else data
-            self._run.pause()
+            self._leave(data[at:])
+
+    def _leave(self, data: bytes) -> None:
+        """Leave what the client does not take to its task; the server has to wait."""
+        self._unsent += data
+        self._run.pause()
 
     def _whole_lines(self, payload: bytes) -> bytes:
         """Return what of a stream can go on: whole lines (events), so that a break never leaves half of one behind.

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from typing import Final
+from typing import Any, Final
 
 
 class LateWriter(logging.Handler):
@@ -22,21 +22,21 @@ class LateWriter(logging.Handler):
     PAUSE_S: Final = 0.01
     FLUSH_S: Final = 1.0
     RETRY_S: Final = 0.05
-    TOGETHER: Final = 16  # records formatted and written at once: the other threads wait that long
+    TOGETHER: Final = 32  # records formatted and written at once: the other threads wait that long
 
     def __init__(self, file: io.RawIOBase, records_max: int = 10_000) -> None:
         super().__init__()
         self._file = file
         self._records_max = records_max
-        self._waiting: deque[logging.LogRecord] = deque()
+        self._waiting: deque[Any] = deque()
         self._n_lost = 0
         self._busy = False
         self._wake = threading.Event()
         self._hurry = threading.Event()
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Take one record, or drop it."""
+    def emit(self, record: Any) -> None:
+        """Take one record, or whatever else the formatter knows, or drop it."""
         if len(self._waiting) >= self._records_max:
             self._n_lost += 1
             return
@@ -65,7 +65,7 @@ class LateWriter(logging.Handler):
                 self._write(b"".join(lines))
             self._busy = False
 
-    def _line(self, record: logging.LogRecord) -> bytes:
+    def _line(self, record: Any) -> bytes:
         try:
             text = self.format(record)
         except Exception as error:  # noqa: BLE001  one line less, and not all that follow it

@@ -40,47 +40,16 @@ def _handler() -> logging.Handler:
     return LateWriter(open(number, "wb", buffering=0, closefd=False))
 
 
-class _TextFormatter(logging.Formatter):
-    """`12:34:56.789 WARNING what happened`; the usual level is left out."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage()
-        if not message.isprintable():  # names come from clients, and must not forge lines
-            message = message.encode("unicode_escape").decode()
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        level = "" if record.levelno == logging.INFO else f"{record.levelname} "
-        return f"{clock}.{int(record.msecs):03d} {level}{message}"
-
-
-class _JsonFormatter(logging.Formatter):
-    """One object a line; a decision's fields are members of their own."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields: dict[str, Any] = {
-            "time": record.created,
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-        }
-        if isinstance(record.msg, _Told):
-            fields |= record.msg.fields()
-        return _to_json(fields)
-
-
-def _to_json(fields: Mapping[str, Any]) -> str:
-    try:
-        return msgspec.json.encode(fields).decode()
-    except (UnicodeEncodeError, TypeError):  # half of an emoji
-        return json.dumps(fields, ensure_ascii=False)
-
-
 class _Told:
     """A decision as the message of a log record: put into words only when it is written."""
 
-    __slots__ = ("_decision", "_request")
+    __slots__ = ("_decision", "_request", "created", "level")
 
-    def __init__(self, decision: RecordDecision, request: ClientRequest | None) -> None:
+    def __init__(self, decision: RecordDecision, request: ClientRequest | None, level: int) -> None:
         self._decision = decision
         self._request = request
+        self.created = time.time()
+        self.level = level
 
     def __str__(self) -> str:
         return in_words(self._decision, self._request)
@@ -90,17 +59,42 @@ class _Told:
         return _fields(self._decision, self._request)
 
 
-class _DecisionRecord(logging.LogRecord):
-    """A record of a decision, made at a tenth of the cost: who called, and from where, is no news."""
+class _TextFormatter(logging.Formatter):
+    """`12:34:56.789 WARNING what happened`; the usual level is left out."""
 
-    def __init__(self, told: _Told, level: int) -> None:
-        now_s = time.time()
-        # All that formatters (and those of others, as in tests) look at.
-        self.__dict__ = {**_SAME, "msg": told, "created": now_s, "msecs": now_s % 1 * 1000.0}
-        self.__dict__["levelno"], self.__dict__["levelname"] = level, logging.getLevelName(level)
+    def format(self, record: logging.LogRecord | _Told) -> str:
+        """Return the line of a record, or of a decision that came without one."""
+        message = str(record) if isinstance(record, _Told) else record.getMessage()
+        level = record.level if isinstance(record, _Told) else record.levelno
+        if not message.isprintable():  # names come from clients, and must not forge lines
+            message = message.encode("unicode_escape").decode()
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        name = "" if level == logging.INFO else f"{logging.getLevelName(level)} "
+        return f"{clock}.{int(record.created % 1 * 1000):03d} {name}{message}"
 
 
-_SAME: dict[str, Any] = logging.LogRecord(_log.name, logging.INFO, __file__, 0, "", (), None).__dict__
+class _JsonFormatter(logging.Formatter):
+    """One object a line; a decision's fields are members of their own."""
+
+    def format(self, record: logging.LogRecord | _Told) -> str:
+        """Return the line of a record, or of a decision that came without one."""
+        told = record if isinstance(record, _Told) else record.msg
+        level = record.level if isinstance(record, _Told) else record.levelno
+        fields: dict[str, Any] = {
+            "time": record.created,
+            "level": logging.getLevelName(level).lower(),
+            "message": str(record) if isinstance(record, _Told) else record.getMessage(),
+        }
+        if isinstance(told, _Told):
+            fields |= told.fields()
+        return _to_json(fields)
+
+
+def _to_json(fields: Mapping[str, Any]) -> str:
+    try:
+        return msgspec.json.encode(fields).decode()
+    except (UnicodeEncodeError, TypeError):  # half of an emoji
+        return json.dumps(fields, ensure_ascii=False)
 
 
 class Log:
@@ -122,14 +116,13 @@ class Log:
     def decision(self, decision: RecordDecision) -> None:
         """Write one decision of the core."""
         if self._enabled:
-            told = _Told(decision, self._requests.get(decision.request_id))
             level = _LEVELS.get(decision.decision, logging.INFO)
-            record = _DecisionRecord(told, level)
+            told = _Told(decision, self._requests.get(decision.request_id), level)
             handlers = logging.root.handlers
             if len(handlers) == 1 and isinstance(handlers[0], LateWriter):
-                handlers[0].emit(record)  # what all the rest of logging would come to
+                handlers[0].emit(told)  # all that the rest of logging would come to, at a tenth of the cost
             else:
-                _log.handle(record)
+                _log.handle(logging.LogRecord(_log.name, level, __file__, 0, told, (), None))
 
     def note(self, text: str) -> None:
         """Write what no decision of the core tells of, if decisions are written."""
