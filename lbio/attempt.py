@@ -157,6 +157,7 @@ class AttemptRun:
         """Give the connection back if it can carry another request, close it if not; harmless when done before."""
         connection, self._connection = self._connection, None
         self.is_read = True
+        self.splice = None  # else the relay and this would hold each other
         if connection is None:
             return
         if self.answer is not None and self.answer.is_reusable:

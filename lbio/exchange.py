@@ -52,6 +52,7 @@ class ClientRequest:
         return replace(self, body=body, place=place, head_parts=(before, after))
 
 
+_LARGE_BODY_BYTES = 4096
 _LENGTH = b"\r\nContent-Length: %d\r\n"
 
 def head_parts(head: RequestHead, headers: Headers) -> tuple[bytes, bytes]:
@@ -132,7 +133,7 @@ class Exchange:
         self.chosen = self.relay = self.merge = self.on_chosen = None
         if self.request.upload is not None:
             self.request.upload.close()
-        if self.request.body:
+        if len(self.request.body) > _LARGE_BODY_BYTES:
             self.request = replace(self.request, body=b"")
 
     def abort(self, why: str) -> None:

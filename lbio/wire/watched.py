@@ -48,10 +48,11 @@ class Watched:
         if self.closed:
             return
         self.closed = True
-        with contextlib.suppress(RuntimeError):  # no event loop any more, so nobody to wake either
-            anyio.notify_closing(self.sock)
         if not self.waiting:
             self.sock.close()
-        elif end:
+            return
+        with contextlib.suppress(RuntimeError):  # no event loop any more, so nobody to wake either
+            anyio.notify_closing(self.sock)
+        if end:
             with contextlib.suppress(OSError):  # the peer may have ended it already
                 self.sock.shutdown(socket.SHUT_RDWR)
