@@ -160,10 +160,8 @@ class AttemptRun:
         self.splice = None  # else the relay and this would hold each other
         if connection is None:
             return
-        if self.answer is not None and self.answer.is_reusable:
-            self.endpoint.release(connection)
-        else:
-            connection.close()
+        is_reusable = self.answer is not None and self.answer.is_reusable
+        self.endpoint.release(connection) if is_reusable else connection.close()
 
     # --- called by who gets the answer ---------------------------------------------------------------------
 
@@ -287,7 +285,7 @@ class AttemptRun:
             self._note_defect(error)
 
     def take_end(self, why: str) -> None:
-        """Take note that nothing more comes; `why`: the connection broke."""
+        """Nothing more comes; `why`: the connection broke."""
         try:
             if self.answer is not None:
                 self.answer.take_end(why)
