@@ -19,7 +19,7 @@ class LateWriter(logging.Handler):
     waits for such a file `FLUSH_S` at most.
     """
 
-    PAUSE_S: Final = 0.01
+    PAUSE_S: Final = 0.05
     FLUSH_S: Final = 1.0
     RETRY_S: Final = 0.05
     TOGETHER: Final = 32  # records formatted and written at once: the other threads wait that long
