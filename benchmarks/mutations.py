@@ -102,6 +102,7 @@ MUTATIONS: Sequence[Mutation] = (
         "return ",
         "return True or ",
     ),
+    Mutation("retries cost nothing", "lbcore.admission:RetryBudget.begin", "self.credits -= 1.0", "pass"),
     Mutation(
         "an attempt is committed twice",
         "lbcore.attempts:Attempts._commit",

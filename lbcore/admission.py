@@ -12,8 +12,8 @@ from lbcore.records import Request
 
 RACE_BURST: Final = 10.0
 """Unused race budget is kept up to this many attempts."""
-RETRY_BURST: Final = 10.0
-"""Unused retry budget is kept up to this many retries."""
+RETRY_BURST: Final = 20.0
+"""Unused retry budget is kept up to this many retries: two servers can fail at once all that they have in flight."""
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -94,11 +94,12 @@ class RaceBudget:
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class RetryBudget:
-    """Retries under way, against a share of the requests in flight (Envoy's retry budget: 20 %, at least 3).
+    """Retries that do not help, against a share of all requests (a token bucket, as in Finagle).
 
-    Where servers fail at once, few are under way at a time and yet each request may ask every server. So retries that
-    do not help are bounded by a share of all requests too (as in Finagle): each request earns `budget`, each retry
-    spends one, and one that is answered gives it back. One bad server among good ones costs nothing.
+    Each request earns `budget`, each retry spends one, and one that is answered gives it back. So what is under way and
+    what was in vain are bounded together, and a server among good ones that fails all it has in flight costs nothing. A
+    bound on what is under way alone (as in Envoy) gives up requests then, though others are idle, and does not see
+    servers that fail at once, when few are under way at a time. It counts where there is no share.
     """
 
     __slots__ = ("_settings", "credits", "under_way")
@@ -124,10 +125,13 @@ class RetryBudget:
         """Count a retry that has helped."""
         self.credits = min(RETRY_BURST, self.credits + 1.0)
 
-    def limit(self, in_flight: int) -> int:
-        """Return how many retries may be under way."""
-        return max(self._settings.budget_min, int(self._settings.budget * in_flight))
+    @property
+    def left(self) -> int:
+        """How many retries may start now. Without a share, `budget_min` bounds what is under way."""
+        if self._settings.budget > 0:
+            return int(self.credits)
+        return max(0, self._settings.budget_min - self.under_way)
 
-    def allows(self, in_flight: int) -> bool:
-        """Tell whether one more retry may start. Without a share, `budget_min` alone counts."""
-        return self.under_way < self.limit(in_flight) and (self.credits >= 1.0 or self._settings.budget == 0)
+    def allows(self) -> bool:
+        """Tell whether one more retry may start."""
+        return self.left > 0

@@ -10,7 +10,7 @@ from lbcore.commands import AbortRequest, CancelAttempt, Command, CommitAttempt,
 from lbcore.config import Config, Winner
 from lbcore.events import Reason
 from lbcore.fleet import Fleet
-from lbcore.health import BLAME, SETS_BACK, TIMEOUTS, UNDONE, UNSENT, Blame, failing_ns
+from lbcore.health import BLAME, SETS_BACK, TIMEOUTS, UNDONE, UNSENT, Blame
 from lbcore.ledger import Ledger
 from lbcore.ollama import RequestKind, find_route
 from lbcore.records import Attempt, Failure, Request, Server, ServerModel, smooth
@@ -322,9 +322,7 @@ class Attempts:
         if failure.reason is Reason.MODEL_NOT_FOUND and request.model is not None:
             self._fleet.lacks(server, request.model, now_ns)
         if failure.reason in SETS_BACK and attempt.target is not None:
-            attempt.target.failures += 1
-            self._fleet.touched[server.id] = server
-            attempt.target.failing_until_ns = now_ns + failing_ns(attempt.target.failures)
+            self._fleet.note_failure(attempt, attempt.target, now_ns)
         blame = _blame_of(request, failure.reason)
         if blame is Blame.CONTRAST and not attempt.detached:
             request.suspects.append((server, failure))

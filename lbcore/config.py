@@ -193,12 +193,12 @@ class RetrySettings:
     """Retries before anything was sent to the client (`[retry]`)."""
 
     budget: float = ratio(
-        "retries under way, as a share of requests in flight, and retries that fail, as a share of all requests: keeps "
-        "a storm from doubling itself",
+        "retries that do not help, as a share of all requests: keeps a storm from doubling itself; up to 20 that were "
+        "not needed are kept for a server that fails all it has in flight at once",
         0.2,
         high=100.0,
     )
-    budget_min: int = count("retries under way that are always allowed", 3)
+    budget_min: int = count("retries under way that are allowed where budget is 0", 3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

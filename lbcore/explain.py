@@ -435,5 +435,4 @@ def _notes(balancer: LoadBalancer, request: Request, started: list[list[Any]]) -
         yield "all servers asked so far are in doubt" if hopeless else "the servers asked so far are not in doubt"
     if started and started[0][4] == AttemptKind.RETRY:
         budget = ledger.retry_budget
-        in_flight = len(ledger.requests) - len(ledger.queue)
-        yield f"{counted(budget.under_way, 'retry')} under way, {budget.limit(in_flight)} allowed"
+        yield f"{counted(budget.under_way, 'retry')} under way, {budget.left} more allowed"

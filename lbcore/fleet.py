@@ -17,12 +17,13 @@ from lbcore.health import (
     after_failure,
     after_success,
     distrust_ns,
+    failing_ns,
     next_probe_pause_ns,
     revive_pause_ns,
 )
 from lbcore.ollama import RequestKind, canonical_model
 from lbcore.pools import Pools
-from lbcore.records import Attempt, Failure, ModelStats, Server
+from lbcore.records import Attempt, Failure, ModelStats, Server, ServerModel
 from lbcore.states import (
     Reliability,
     ReliabilityInput,
@@ -67,6 +68,7 @@ class Fleet:
         self.touched, self.moved = self.pools.touched, self.pools.moved
         self.version = 0
         """Changes whenever the catalog does, or may, or who is alive: so long, answers made of them can be kept."""
+        self.failing: dict[int, int] = {}  # by server: until when others go first, of any of its models
         self._outcasts: dict[int, Server] | None = None  # a cache
         for settings in config.servers:
             self._new_server(settings, 0)
@@ -270,10 +272,27 @@ class Fleet:
         elif attempt.request.stream and kind is _GENERATE:
             target.note_first_token(took_ns, now_ns)
         target.runner_key = attempt.request.runner_key
-        target.failures = target.failing_until_ns = 0
+        if target.failures and attempt.started_ns > target.failed_ns:
+            target.failures = target.failing_until_ns = 0
         if not target.loaded:
             target.loaded = True
             self._changed()
+
+    def note_failure(self, attempt: Attempt, target: ServerModel, now_ns: int) -> None:
+        """A server has failed before a first token: others go first. What was in flight together fails as one."""
+        if not target.failures or attempt.started_ns > target.failed_ns:
+            target.failures += 1
+        target.failed_ns = now_ns
+        self.set_back(attempt.server, target, now_ns)
+
+    def set_back(self, server: Server, target: ServerModel, now_ns: int) -> None:
+        """Let others go first: a server has failed, or is asked again for the first time since.
+
+        What is asked again may fail again, and fails soon: until that is known nobody else is to follow.
+        """
+        target.failing_until_ns = now_ns + failing_ns(target.failures)
+        self.failing[server.id] = max(self.failing.get(server.id, 0), target.failing_until_ns)
+        self.touched[server.id] = server
 
     # --- models --------------------------------------------------------------------------------------------
 

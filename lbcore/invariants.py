@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 
 from lbcore import commands as cmd
-from lbcore.admission import RACE_BURST
+from lbcore.admission import RACE_BURST, RETRY_BURST
 from lbcore.balancer import LoadBalancer
 from lbcore.commands import AttemptKind, Command, Decision
 from lbcore.errors import InvariantError
@@ -164,6 +164,11 @@ def _budgets(balancer: LoadBalancer) -> Iterator[str]:
     credits_max = max(RACE_BURST, balancer.config.race.budget)
     if not 0 <= balancer.placement.race_budget.credits <= credits_max:
         yield f"{balancer.placement.race_budget.credits} race credits, not within 0 and {credits_max}"
+    retries, retry = balancer.ledger.retry_budget, balancer.config.retry
+    if retry.budget > 0 and not 0 <= retries.credits <= RETRY_BURST:
+        yield f"{retries.credits} retry credits, not within 0 and {RETRY_BURST}"
+    if retry.budget == 0 and retries.under_way > retry.budget_min:
+        yield f"{retries.under_way} retries are under way, {retry.budget_min} may be"
     if balancer.ledger.wasted_tokens < 0:
         yield f"{balancer.ledger.wasted_tokens} wasted tokens"
 
@@ -207,7 +212,6 @@ def _catalog(balancer: LoadBalancer) -> Iterator[str]:
         elif model is not None and fleet.pool(model).records != [server.models[model] for server in holders]:
             yield f"what is kept of the holders of {model} is out of date"
 
-
     if fleet.outcasts() != [s for s in fleet if s.state is ServerState.DEAD or (s.is_alive and s.doubted)]:
         yield "what is kept of the dead and doubted servers is out of date"
 
@@ -245,7 +249,6 @@ class Auditor:
         self._last_probe_id = 0
         self._last_job_id = 0
         self._alive: set[int] = set()  # servers, after the last step
-        self._in_flight = 0
         self._live: dict[int, int] = {}  # request by attempt
         self._probes: dict[int, int] = {}  # probe by server
         self._seen: set[int] = set()  # requests
@@ -279,13 +282,6 @@ class Auditor:
         for attempt in ledger.attempts.values():
             if attempt.id > self._last_attempt_id:
                 raise InvariantError(f"{attempt} was started without a command")
-        in_flight = len(ledger.requests) - len(ledger.queue)
-        limit = ledger.retry_budget.limit(max(self._in_flight, in_flight))
-        if any(a.kind is AttemptKind.RETRY and a.id not in self._live for a in ledger.attempts.values()) and (
-            ledger.retry_budget.under_way > limit
-        ):
-            raise InvariantError(f"{ledger.retry_budget.under_way} retries are under way, {limit} may be")
-        self._in_flight = in_flight
         self._live = {attempt.id: attempt.request.id for attempt in ledger.attempts.values()}
 
     def _alive_now(self) -> set[int]:

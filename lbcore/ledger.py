@@ -76,6 +76,8 @@ class Ledger:
         target = attempt.target
         if target is not None:
             target.in_flight += 1
+            if target.failures:
+                self._fleet.set_back(server, target, now_ns)
             if attempt.cold:
                 self._see_who_loads(attempt, target)
         if kind is _RACER or kind is _HEDGE:

@@ -79,6 +79,7 @@ class ServerModel:
     __slots__ = (
         "active",
         "available",
+        "failed_ns",
         "failing_until_ns",
         "failures",
         "floor_ns",
@@ -107,7 +108,8 @@ class ServerModel:
         self.floor_ns = 0  # lower bound from lost races
         self.known_ns = 0  # the higher of the two; 0: nothing is known
         self.seen_ns = 0  # when the two above last changed
-        self.failures = 0  # in a row, before a first token
+        self.failures = 0  # in a row, before a first token; those together count as one
+        self.failed_ns = 0  # when the last of them came
         self.failing_until_ns = 0  # others go first until then
         self.load_ns: float | None = None
         self.service_ns: float | None = None

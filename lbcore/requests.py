@@ -27,6 +27,7 @@ from lbcore.records import Request, Server
 from lbcore.schema import MS_NS, SECOND_NS
 from lbcore.states import RequestInput, RequestState, ServerState
 from lbcore.timers import TimerKind, Timers
+from lbcore.units import counted
 
 # Members bound once: in Python 3.11 a look-up in an enum's class costs more than what the member is used for here.
 _GENERATE: Final = RequestKind.GENERATE
@@ -90,8 +91,18 @@ class Requests:
         self._ledger.requests[request.id] = request
         self._placement.race_budget.earn()
         self._ledger.retry_budget.earn()
+        if self._fleet.failing:
+            self._serve_those_before(now_ns)
         if not self._try_start(request, now_ns):
             self._enqueue(request, now_ns)
+
+    def _serve_those_before(self, now_ns: int) -> None:
+        """Start what waits while a server fails, now that it may be over: whoever comes now is not to be first."""
+        if len(self._ledger.queue):
+            self.serve_queue(now_ns)
+        failing = self._fleet.failing
+        for server_id in [server_id for server_id, until_ns in failing.items() if until_ns <= now_ns]:
+            del failing[server_id]
 
     def _try_start(self, request: Request, now_ns: int) -> bool:
         """Start a request, or refuse it; False when it must wait."""
@@ -111,7 +122,9 @@ class Requests:
                 with_room = self._fleet.pools.among(request, now_ns)
             else:
                 with_room = holders.with_room() if request.generates else holders.servers
-            if not with_room:
+            if not with_room or (
+                len(with_room) <= len(self._fleet.failing) and self._is_better_off_waiting(request, with_room, now_ns)
+            ):
                 return False
             self._start_racing(request, with_room, now_ns)
             return True
@@ -147,6 +160,20 @@ class Requests:
                 retry_after=self._retry_after_s(),
             )
         return True
+
+    def _is_better_off_waiting(self, request: Request, with_room: Sequence[Server], now_ns: int) -> bool:
+        """Tell whether only servers that fail at present have room, while others are full, and the queue is not.
+
+        A server that fails at once always has room: it would draw and fail whatever the others cannot take at once.
+        """
+        model = request.model
+        if model is None or not request.generates:
+            return False
+        if self._ledger.queue.is_full or request.arrived_ns + self._config.queue.timeout_ns <= now_ns:
+            return False
+        if any(server.models[model].failing_until_ns <= now_ns for server in with_room):
+            return False
+        return any(server.models[model].failing_until_ns <= now_ns for server in self._fleet.holders(model))
 
     def _start_pinned(self, request: Request, now_ns: int) -> bool:
         """Ask only those servers that the client has named; False when all of them are full."""
@@ -229,7 +256,11 @@ class Requests:
     def on_queue_timer(self, request_id: int, now_ns: int) -> None:
         """A request has waited too long."""
         request = self._ledger.requests.get(request_id)
-        if request is not None and request in self._ledger.queue:
+        if request is None or request not in self._ledger.queue:
+            return
+        if self._try_start(request, now_ns):  # at a server that fails
+            self._ledger.queue.remove(request)
+        else:
             self._reject(request, 503, SERVER_BUSY, now_ns, retry_after=1)
 
     def _start_racing(self, request: Request, candidates: Sequence[Server], now_ns: int) -> None:
@@ -278,12 +309,10 @@ class Requests:
 
     def retry(self, request: Request, now_ns: int) -> bool:
         """Ask the next server; False when there is none or the retry budget is spent."""
-        if not self._ledger.retry_budget.allows(len(self._ledger.requests) - len(self._ledger.queue)):
-            self._ledger.record(
-                Decision.RETRIED,
-                request,
-                f"not: {self._ledger.retry_budget.under_way} retries are under way, the budget is spent",
-            )
+        budget = self._ledger.retry_budget
+        if not budget.allows():
+            under_way = counted(budget.under_way, "retry")
+            self._ledger.record(Decision.RETRIED, request, f"the budget is spent; {under_way} under way")
             return False
         why = str(request.failures[-1])
         if (model := aliases.next_model(request, self._fleet)) is not None:
@@ -333,11 +362,10 @@ class Requests:
         A request that came now would be for that one, so whoever waits already is not to wait any longer.
         """
         live = request.live_attempts
-        in_flight = len(self._ledger.requests) - len(self._ledger.queue)
         model = aliases.next_model(request, self._fleet, with_room=True)
         if model is None or not live or any(attempt.server.state is not ServerState.DEAD for attempt in live):
             return False
-        if not self._ledger.retry_budget.allows(in_flight):
+        if not self._ledger.retry_budget.allows():
             return False
         self._ledger.cancel_all(request, Reason.GIVEN_UP, now_ns)
         aliases.change(request, model)

@@ -37,6 +37,8 @@ from simulator.calls import Call
 
 RACE_BURST = 10
 """Unused race budget is kept up to this many attempts (`lbcore.admission`)."""
+RETRY_BURST = 20
+"""Unused retry budget is kept up to this many retries."""
 
 
 class Promises:
@@ -61,6 +63,7 @@ class Promises:
         self._loaded_as: dict[tuple[int, str], str] = {}
         self._n_arrived = 0
         self._n_extra = 0  # racers and hedges that only the budget allows
+        self._retries_in_vain: set[int] = set()  # up to now: those that were not committed
         self._last_probe_ns: dict[int, int] = {}
         self._died_ns: dict[str, int] = {}
         self._unread: set[str] = set()  # servers of which it was told that they cannot be read
@@ -77,10 +80,9 @@ class Promises:
         """Take one step."""
         waiting_before = list(self._waiting)
         problems = list(self._on_event(event, now_ns))
-        n_racing = self._n_racing()
         for command in commands:
             problems += self._on_command(command, commands, now_ns)
-        problems += self._after(event, commands, max(n_racing, self._n_racing()), waiting_before)
+        problems += self._after(event, commands, waiting_before)
         return problems
 
     # --- what has happened -----------------------------------------------------------------------------------
@@ -183,6 +185,7 @@ class Promises:
                     yield f"{command}: request {request_id} {'is over' if call is None else 'has its answer already'}"
                     return
                 call.committed = attempt_id
+                self._retries_in_vain.discard(attempt_id)
                 if attempt_id not in call.live:  # its whole answer was held
                     self._over(call)
             case PassAnswer(request_id) | RejectRequest(request_id) | AbortRequest(request_id):
@@ -241,6 +244,8 @@ class Promises:
             allowed = RACE_BURST + self._config.race.budget * self._n_arrived if self._config.race.budget else 0
             if self._n_extra > allowed:
                 yield f"{start}: the {self._n_extra}. extra attempt for {self._n_arrived} requests"
+        if start.kind is AttemptKind.RETRY:
+            self._retries_in_vain.add(start.attempt_id)
         if call.model in call.others:
             call.others.remove(call.model)
         call.tried.append(start.server_id)
@@ -348,18 +353,13 @@ class Promises:
 
     # --- what must hold after each step ------------------------------------------------------------------------
 
-    def _n_racing(self) -> int:
-        return len(self._calls) - len(self._waiting)
-
-    def _after(
-        self, event: Event | None, commands: Sequence[Command], n_racing: int, waiting_before: Sequence[int]
-    ) -> Iterator[str]:
+    def _after(self, event: Event | None, commands: Sequence[Command], waiting_before: Sequence[int]) -> Iterator[str]:
         if len(self._waiting) > self._config.queue.length_max:
             yield f"{len(self._waiting)} requests wait, {self._config.queue.length_max} may"
         started = [c for c in commands if isinstance(c, StartAttempt)]
         if started:
             yield from self._overtaking(started, waiting_before)
-            yield from self._retries(started, n_racing)
+            yield from self._retries(started)
         if any(isinstance(c, RecordDecision) and c.decision is Decision.SERVER_DIED for c in commands):
             yield from self._left_there()
         ended = {c.request_id for c in commands if isinstance(c, _LAST_WORDS)}
@@ -397,16 +397,15 @@ class Promises:
                 if other is not None and other.model == call.model:
                     yield f"request {call.id} was served before {earlier}, which waits for {call.model} too"
 
-    def _retries(self, started: Sequence[StartAttempt], n_racing: int) -> Iterator[str]:
+    def _retries(self, started: Sequence[StartAttempt]) -> Iterator[str]:
         if any(start.kind is AttemptKind.RETRY for start in started):
             retry = self._config.retry
-            under_way = sum(
-                start.kind is AttemptKind.RETRY and self._call_of[attempt_id].committed != attempt_id
-                for attempt_id, start in self._starts.items()
-            )
-            allowed = max(retry.budget_min, int(retry.budget * n_racing))
-            if under_way > allowed:
-                yield f"{under_way} retries are under way for {n_racing} requests, {allowed} may be"
+            in_vain = len(self._retries_in_vain)
+            if retry.budget and in_vain > RETRY_BURST + retry.budget * self._n_arrived:
+                yield f"{in_vain} retries have not helped, of {self._n_arrived} requests"
+            under_way = len(self._retries_in_vain & self._starts.keys())
+            if not retry.budget and under_way > retry.budget_min:
+                yield f"{under_way} retries are under way, {retry.budget_min} may be"
 
     # --- the end -----------------------------------------------------------------------------------------------
 

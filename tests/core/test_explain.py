@@ -85,7 +85,7 @@ def test_a_retry_is_a_choice_of_its_own() -> None:
     assert [moment.event.split("(")[0] for moment in told.story] == ["RequestArrived", "AttemptFailed"]
     assert said(told.choices[1])["b"].startswith("retry: the only one to choose from")
     assert said(told.choices[1])["a"] == "it was asked already"
-    assert "0 retries under way, 3 allowed" in told.choices[1].notes
+    assert "0 retries under way, 20 more allowed" in told.choices[1].notes
 
 
 def test_a_full_fleet_makes_it_wait() -> None:

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from lbcore import commands as cmd
 from lbcore import events
+from lbcore.admission import RETRY_BURST
 from lbcore.balancer import LoadBalancer
 from lbcore.commands import AttemptKind, Decision
 from lbcore.config import (
@@ -280,7 +281,6 @@ class Machine(RuleBasedStateMachine):
         ledger = self.balancer.ledger
         after = self.holders()
         before = before or after
-        in_flight = len(self.model.open)
         for command in commands:
             self.model.take(command)
             if not isinstance(command, cmd.StartAttempt):
@@ -297,7 +297,11 @@ class Machine(RuleBasedStateMachine):
                 a.kind is AttemptKind.RETRY and a.request.committed is not a for a in ledger.attempts.values()
             )
             if command.kind is AttemptKind.RETRY:
-                assert retries <= max(self.config.retry.budget_min, int(self.config.retry.budget * in_flight))
+                started = {a.attempt_id for a in self.model.started.values() if a.kind is AttemptKind.RETRY}
+                in_vain = len(started.difference(self.model.committed.values()))
+                retry = self.config.retry
+                assert retry.budget == 0 or in_vain <= RETRY_BURST + retry.budget * self.n_requests
+                assert retry.budget > 0 or retries <= retry.budget_min
         assert set(self.model.running) == set(ledger.attempts), "the driver and the core disagree on what runs"
         assert self.model.open == set(ledger.requests)
         assert self.model.probes == {s.id: s.probe_id for s in self.balancer.fleet if s.probe_id}
