@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Protocol
 
 import anyio
@@ -24,6 +23,7 @@ from lbio.http1 import INSIDE_HEAD, HttpError, IncompleteBody, ResponseHead, par
 from lbio.upstream import INTERIM_MAX, Answer, ConnectError, Connection, Endpoint
 from lbio.verdicts import is_model_output, reason_of, shortened
 from lbio.wire.blob_body import Taker
+from lbio.wire.sockets import Sink
 
 _JOIN_BYTES_MAX = 65536  # a head and a body up to this size are sent at once
 
@@ -59,8 +59,8 @@ class AttemptRun:
 
     __slots__ = (
         "_begun", "_buffer_bytes_max", "_calls_back", "_connection", "_core", "_has_head", "_head_bytes_max",
-        "_is_connected", "_is_fresh", "_n_interim", "_reported", "_resumed", "_scope", "_sending", "_taker",
-        "_unsent", "answer", "attempt_id", "chosen", "endpoint", "exchange", "is_read", "sent_as", "splice",
+        "_is_connected", "_is_fresh", "_n_interim", "_reported", "_resumed", "_scope", "_sending", "_sink",
+        "_taker", "_unsent", "answer", "attempt_id", "chosen", "endpoint", "exchange", "is_read", "sent_as",
     )
 
     def __init__(
@@ -78,7 +78,7 @@ class AttemptRun:
         self.sent_as = exchange.sent_as  # the model that the server is asked for; "": the one that the client names
         self.answer: Answer | None = None
         self.chosen = False
-        self.splice: Callable[[bytes], int] | None = None  # the relay's, for what can be passed on as it is
+        self._sink: Sink = self  # who takes what comes
         self.is_read = False  # nothing more is taken: the answer has ended or broken off, or is not wanted
         self._core = core
         self._head_bytes_max = head_bytes_max
@@ -125,7 +125,7 @@ class AttemptRun:
         if self.is_read:  # cancelled before it could begin
             return
         if self._connection is not None and not self._unsent and self._taker is None:
-            self._calls_back = self._connection.give_to(self)
+            self._calls_back = self._connection.give_to(self._sink)
         if not self._calls_back:
             self._core.spawn(self)
 
@@ -157,7 +157,7 @@ class AttemptRun:
         """Give the connection back if it can carry another request, close it if not; harmless when done before."""
         connection, self._connection = self._connection, None
         self.is_read = True
-        self.splice = None  # else the relay and this would hold each other
+        self._sink = self  # else the relay and this would hold each other
         if connection is None:
             return
         is_reusable = self.answer is not None and self.answer.is_reusable
@@ -167,18 +167,22 @@ class AttemptRun:
 
     def pause(self) -> None:
         """Take nothing more until `resume`; the server feels it as backpressure."""
-        if self._resumed is None:
-            self._resumed = anyio.Event()
-            if self._connection is not None and self._calls_back:
-                self._connection.keep()
+        self._resumed = self._resumed or anyio.Event()
+        if self._connection is not None and self._calls_back:
+            self._connection.keep()
+
+    def give_to(self, sink: Sink) -> None:
+        """Let another take what comes."""
+        self._sink = sink
+        if self._connection is not None and self._calls_back and not self.is_read and self._resumed is None:
+            self._connection.give_to(sink)
 
     def resume(self) -> None:
         """Go on where it was paused."""
-        resumed, self._resumed = self._resumed, None
-        if resumed is not None:
-            resumed.set()
-            if self._connection is not None and self._calls_back and not self.is_read:
-                self._connection.give_to(self)
+        if self._resumed is not None:
+            self._resumed.set()
+            self._resumed = None
+            self.give_to(self._sink)
 
     # --- the task ------------------------------------------------------------------------------------------
 
@@ -212,7 +216,7 @@ class AttemptRun:
 
     async def _serve(self, connection: Connection) -> None:
         """Send the request, and meanwhile take the answer: it may be a refusal of a large body."""
-        self._calls_back = connection.give_to(self)
+        self._calls_back = connection.give_to(self._sink)
         if self._calls_back:
             await self._send(connection)
         elif self._taker is None and len(self._unsent) < 2:
@@ -260,19 +264,16 @@ class AttemptRun:
             try:
                 data = await connection.reader.more()
             except anyio.BrokenResourceError as error:
-                self.take_end(str(error) or "reset")
+                self._sink.take_end(str(error) or "reset")
             except anyio.ClosedResourceError:  # by `cancel`
                 return
             else:
-                self.take(data) if data else self.take_end("")
+                self._sink.take(data) if data else self._sink.take_end("")
 
     # --- what the server sends -----------------------------------------------------------------------------
 
     def take(self, data: bytes) -> None:
         """Take the next piece of the answer."""
-        if self.splice is not None and (n_bytes := self.splice(data)):
-            self._core.note_chunk(self.attempt_id, n_bytes, 1)
-            return
         answer = self.answer
         try:
             if answer is None:

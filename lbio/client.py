@@ -309,6 +309,11 @@ class ClientStream:
 
     # --- writing -------------------------------------------------------------------------------------------
 
+    @property
+    def send_nowait(self) -> Callable[[bytes], int]:
+        """As `write_nowait`, without a layer in between where there is none; raises what the stream does, too."""
+        return self._send_nowait or self.write_nowait
+
     def write_nowait(self, data: bytes) -> int:
         """Write what fits into the socket's buffer; return how much that was. Raises ClientGone."""
         if self._is_gone:

@@ -20,6 +20,7 @@ from lbio.http1 import (
 )
 from lbio.upstream import Answer
 from lbio.wire.headers import written_head
+from lbio.wire.watchers import Watcher
 
 _TAIL_BYTES_MAX = 65536
 """A line whose beginning is longer than this is passed on as it comes."""
@@ -28,8 +29,58 @@ _TAIL_BYTES_MAX = 65536
 class Core(Protocol):
     """What the relay needs of the driver."""
 
+    def note_chunk(self, attempt_id: int, n_bytes: int, n_tokens: int) -> None:
+        """Count a piece of an answer."""
+
     def note_paused(self, attempt_id: int, *, paused: bool) -> None:
         """Tell the core that an answer is, or is not, being read."""
+
+
+class Splice:
+    """The sink of a stream that is being relayed: passes on, as it came, what is one chunk with one ordinary line.
+
+    Such a line, one token, is all that mostly comes, and nothing of it needs to be taken apart or framed anew. All else
+    is the attempt's to take. This runs once for each token, so it is one function, and what it needs is at hand.
+    """
+
+    __slots__ = ("_attempt_id", "_ending", "_note", "_relay", "_run", "_send", "_watcher")
+
+    def __init__(self, relay: Relay, run: AttemptRun, watcher: Watcher, client: ClientStream, core: Core) -> None:
+        self._relay = relay
+        self._run = run
+        self._attempt_id = run.attempt_id
+        self._watcher = watcher
+        self._ending = watcher.ordinary_ending + b"\r\n"
+        self._send = client.send_nowait
+        self._note = core.note_chunk
+
+    def take(self, data: bytes) -> None:
+        """Pass a piece on, or leave it to the attempt."""
+        size = len(data)
+        begin = size_line(size)
+        if not (
+            self._relay.at_rest
+            and data.endswith(self._ending)
+            and data.startswith(begin)
+            and data.find(b"\n", len(begin)) == size - 3
+            and b'"error"' not in data
+            and begin
+        ):
+            self._run.take(data)
+            return
+        self._watcher.n_tokens += 1
+        self._note(self._attempt_id, size - len(begin) - 2, 1)
+        try:
+            at = self._send(data)
+        except (ClientGone, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            self._relay.lose(error)
+        else:
+            if at < size:
+                self._relay.lag(data[at:])
+
+    def take_end(self, why: str) -> None:
+        """Leave the end to the attempt."""
+        self._run.take_end(why)
 
 
 class Relay:
@@ -41,7 +92,6 @@ class Relay:
 
     __slots__ = (
         "_answer",
-        "_at_rest",
         "_client",
         "_close",
         "_core",
@@ -49,7 +99,6 @@ class Relay:
         "_framing",
         "_is_closed",
         "_is_line_open",
-        "_is_ordinary",
         "_news",
         "_problem",
         "_run",
@@ -57,6 +106,7 @@ class Relay:
         "_tail",
         "_unsent",
         "_write_nowait",
+        "at_rest",
     )
 
     def __init__(self, exchange: Exchange, run: AttemptRun, answer: Answer, client: ClientStream, core: Core) -> None:
@@ -65,7 +115,6 @@ class Relay:
         self._answer = answer
         self._client = client
         self._write_nowait = client.write_nowait
-        self._is_ordinary = answer.watcher.is_ordinary
         self._core = core
         self._framing = Framing.NONE
         self._close = True
@@ -76,7 +125,7 @@ class Relay:
         self._tail = b""  # the beginning of a line, kept back until the rest of it has come
         self._is_line_open = False  # the client has got the beginning of a line
         self._is_closed = False  # the end of the body was written, or is unsent
-        self._at_rest = False  # all that has come is on its way, and ended with a line and a chunk
+        self.at_rest = False  # all that has come is on its way, and ended with a line and a chunk
 
     # --- called as things happen, never waiting ------------------------------------------------------------
 
@@ -95,8 +144,8 @@ class Relay:
             head, self._framing = written_head(self._head(len(lines)), self._exchange.request.head, ours, close=close)
             self._write(b"".join((head, about, b"\r\n", self._framed(lines), self._closing())))
             if type(self) is Relay and self._framing is answer.head.framing is Framing.CHUNKED:
-                self._at_rest = self._is_at_rest()
-                self._run.splice = self.splice
+                self.at_rest = self._is_at_rest()
+                self._run.give_to(Splice(self, self._run, answer.watcher, self._client, self._core))
         except Exception as error:  # noqa: BLE001  it is the client's connection that fails, not the core's commands
             self._problem = error
         if not self._unsent and self._problem is None:
@@ -106,27 +155,6 @@ class Relay:
         """Return the head that the server gave; `n_bytes` of the body are at hand."""
         return self._answer.head
 
-    def splice(self, data: bytes) -> int:
-        """Pass on what was received, as it is, if it is one chunk with one ordinary line, one token.
-
-        Such a line is all that mostly comes, and nothing of it needs to be taken apart or framed anew. Returns how many
-        bytes of a body that was; 0: it is for `feed`.
-        """
-        size = len(data)
-        begin = size_line(size)
-        if not self._at_rest or not self._is_ordinary(data, begin):
-            return 0
-        try:
-            at = self._write_nowait(data) if not self._unsent else 0
-        except ClientGone as error:
-            self._problem = error
-            self.wake()
-        else:
-            if at < size:
-                self._leave(data[at:])
-                self.wake()
-        return size - len(begin) - 2
-
     def feed(self, payload: bytes) -> None:
         """Write the next piece of the body, and after the last one the end of it, if that is a good one."""
         try:
@@ -134,9 +162,19 @@ class Relay:
             self._write(self._framed(lines) + self._closing())
         except Exception as error:  # noqa: BLE001  as above
             self._problem = error
-        self._at_rest = self._is_at_rest()
+        self.at_rest = self._is_at_rest()
         if self._problem is not None or self._unsent or self._answer.ended:
             self.wake()
+
+    def lag(self, rest: bytes) -> None:
+        """Take note that the client did not take all of what was spliced."""
+        self._leave(rest)
+        self.wake()
+
+    def lose(self, error: Exception) -> None:
+        """Take note that nothing can be written to the client any more."""
+        self._problem = error
+        self.wake()
 
     def wake(self) -> None:
         """Let the task look again."""
@@ -147,7 +185,7 @@ class Relay:
             self._scope.cancel()
 
     def _is_at_rest(self) -> bool:
-        return not self._tail and self._answer.is_at_rest
+        return not self._tail and not self._unsent and self._answer.is_at_rest
 
     def _write(self, data: bytes) -> None:
         """Write what the client takes at once. Raises ClientGone."""
@@ -160,6 +198,7 @@ class Relay:
     def _leave(self, data: bytes) -> None:
         """Leave what the client does not take to its task; the server has to wait."""
         self._unsent += data
+        self.at_rest = False
         self._run.pause()
 
     def _whole_lines(self, payload: bytes) -> bytes:
@@ -221,6 +260,7 @@ class Relay:
             del self._unsent[: len(data)]
         self._scope = None
         self._core.note_paused(self._run.attempt_id, paused=False)
+        self.at_rest = self._is_at_rest()
         if not self._unsent:
             self._run.resume()
 

@@ -30,6 +30,9 @@ class Mark(Enum):
     BESIDES = 3  # neither a token nor an end: why the answer ended, or what it used
 
 
+_NEVER = b"\0\n"  # ends no line of JSON
+
+
 @dataclass(frozen=True, slots=True)
 class _Format:
     """How one kind of stream is read.
@@ -44,7 +47,7 @@ class _Format:
     suspicious: re.Pattern[bytes]
     judge: Callable[[bytes], Mark]
     marker: bytes = b"\0"
-    ordinary: bytes = b""  # how a line (an event) ends that is a token and has no mark, unless `never` is in it
+    ordinary: bytes = _NEVER  # how a line ends that is a token, and has no mark unless it has `"error"` in it
     says: Callable[[bytes], bool] | None = None  # None: all do
 
     def with_crlf(self) -> _Format:
@@ -155,12 +158,11 @@ _FORMATS: Mapping[Ending, _Format] = {
 class Watcher:
     """Counts tokens and looks for the end of one stream."""
 
-    __slots__ = ("_format", "_ordinary_chunk", "at_line_start", "complete", "failed", "n_tokens", "partial")
+    __slots__ = ("_format", "at_line_start", "complete", "failed", "n_tokens", "ordinary_ending", "partial")
 
     def __init__(self, ending: Ending) -> None:
         self._format = _FORMATS.get(ending)
-        ordinary = self._format.ordinary if self._format is not None else b""
-        self._ordinary_chunk = ordinary + b"\r\n" if ordinary else b"\0"
+        self.ordinary_ending = self._format.ordinary if self._format is not None else _NEVER
         self.partial = bytearray()  # the beginning of a line (of an event) whose rest has not come
         self.n_tokens = 0
         self.complete = ending is Ending.FRAMING  # the terminator was seen, or none is needed
@@ -193,22 +195,6 @@ class Watcher:
         n_tokens = data.count(form.token, 0, end)
         self.n_tokens += n_tokens
         return n_tokens
-
-    def is_ordinary(self, chunk: bytes, size_line: bytes) -> bool:
-        """Tell whether a chunk, with its framing, is one ordinary line; if it is, it was fed, and is one token.
-
-        `size_line` is what it must begin with. All that came before has to have ended with a line. No JSON is read.
-        """
-        if (
-            not chunk.endswith(self._ordinary_chunk)
-            or not size_line
-            or not chunk.startswith(size_line)
-            or chunk.find(b"\n", len(size_line)) != len(chunk) - 3
-            or b'"error"' in chunk
-        ):
-            return False
-        self.n_tokens += 1
-        return True
 
     def end(self) -> None:
         """Take what is left for a line: some leave out the newline at the very end."""

@@ -16,7 +16,6 @@ from lbio.exchange import Exchange
 from lbio.http1 import ChunkedDecoder, encode_chunk, parse_request_head, parse_response_head, size_line
 from lbio.relay import Relay
 from lbio.upstream import Answer, Connection
-from lbio.wire.watchers import Watcher
 from tests.lbio.kit import Scripted, chunked, line, scripted
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -40,24 +39,6 @@ def lines(draw: st.DrawFn) -> bytes:
     return value[:-1] + draw(dones) + draw(st.sampled_from([b"\n", b"\n", b"\n", b"", b"\r\n", b"\n\n"]))
 
 
-def fed(watcher: Watcher, chunk: bytes) -> int:
-    begin = size_line(len(chunk))
-    if watcher.is_ordinary(chunk, begin):
-        return 1
-    return watcher.feed(ChunkedDecoder(502).feed(chunk))
-
-
-@given(st.lists(lines(), max_size=6), st.sampled_from([Ending.NDJSON_DONE, Ending.SSE_DONE, Ending.NDJSON_SUCCESS]))
-def test_an_ordinary_line_counts_as_it_would_if_it_were_read(pieces: list[bytes], ending: Ending) -> None:
-    quick, slow = Watcher(ending), Watcher(ending)
-    for piece in pieces:
-        at_rest = not slow.partial
-        counted = fed(quick, encode_chunk(piece)) if at_rest else quick.feed(piece)
-        assert counted == slow.feed(piece)
-        state = (slow.n_tokens, slow.complete, slow.failed, slow.partial, slow.at_line_start)
-        assert (quick.n_tokens, quick.complete, quick.failed, quick.partial, quick.at_line_start) == state
-
-
 @given(st.integers(min_value=0, max_value=300_000))
 def test_the_size_line_of_a_single_chunk_follows_from_its_length(n_bytes: int) -> None:
     begin = size_line(n_bytes)
@@ -75,6 +56,9 @@ class Taking:
         self.room = room
         self.writing = False
 
+    def send_nowait(self, data: bytes) -> int:
+        return self.write_nowait(data)
+
     def write_nowait(self, data: bytes) -> int:
         if self.room < 0:
             raise ClientGone
@@ -88,9 +72,22 @@ class Running:
     """An attempt, as far as the relay needs one."""
 
     attempt_id = 1
-    splice: Any = None
     is_read = False
     paused = False
+
+    def __init__(self, rig: "Rig") -> None:
+        self.sink: Any = self
+        self.n_taken = 0
+        self._rig = rig
+
+    def give_to(self, sink: Any) -> None:
+        self.sink = sink
+
+    def take(self, data: bytes) -> None:
+        self.n_taken += 1
+        payload = self._rig.answer.take(data)
+        self._rig.note_chunk(1, len(payload), self._rig.answer.watcher.feed(payload))
+        self._rig.relay.feed(payload)
 
     def pause(self) -> None:
         self.paused = True
@@ -102,26 +99,36 @@ class Running:
 class Rig:
     """A relay between raw bytes of a server and a client that keeps what it is given."""
 
-    def __init__(self, *, room: int = 1 << 30) -> None:
-        self.client, self.run = Taking(room), Running()
+    def __init__(self, ending: Ending = Ending.NDJSON_DONE) -> None:
+        self.client, self.run = Taking(1 << 30), Running(self)
+        self.noted = [0, 0]
         request: Any = type("Asked", (), {"head": ASKED})()
         self.exchange = Exchange(request)
         connection: Any = type("Silent", (), {"reader": type("Reader", (), {"buffered": bytearray()})()})()
-        self.answer = Answer(cast("Connection", connection), parse_response_head(HEAD, "POST"), Ending.NDJSON_DONE)
-        run, client, core = cast("AttemptRun", self.run), cast("ClientStream", self.client), cast("Any", None)
-        self.relay = Relay(self.exchange, run, self.answer, client, core)
-        self.n_spliced = 0
+        head = parse_response_head(HEAD, "POST")
+        self.answer = Answer(cast("Connection", connection), head, ending)
+        run, client = cast("AttemptRun", self.run), cast("ClientStream", self.client)
+        self.relay = Relay(self.exchange, run, self.answer, client, self)
+        self.n_given = 0
+
+    def note_chunk(self, attempt_id: int, n_bytes: int, n_tokens: int) -> None:
+        assert attempt_id == 1
+        self.noted[0] += n_bytes
+        self.noted[1] += n_tokens
+
+    def note_paused(self, attempt_id: int, *, paused: bool) -> None:
+        raise AssertionError(f"{attempt_id} {paused}")
+
+    @property
+    def n_spliced(self) -> int:
+        return self.n_given - self.run.n_taken
 
     def begin(self) -> None:
         self.relay.begin(close=False, ours=(), about=b"")
 
     def take(self, data: bytes, *, splices: bool = True) -> None:
-        if splices and self.run.splice is not None and self.run.splice(data):
-            self.n_spliced += 1
-            return
-        payload = self.answer.take(data)
-        self.answer.watcher.feed(payload)
-        self.relay.feed(payload)
+        self.n_given += 1
+        (self.run.sink if splices else self.run).take(data)
 
     @property
     def body(self) -> bytes:
@@ -144,9 +151,27 @@ def test_however_it_is_cut_the_client_gets_the_same_body(at: list[int], per_chun
         rig.begin()
         for begin, end in itertools.pairwise(points):
             rig.take(WHOLE[begin:end], splices=splices)
-        bodies.append((rig.body, rig.answer.watcher.n_tokens, rig.answer.ended))
+        bodies.append((rig.body, rig.answer.watcher.n_tokens, rig.answer.ended, rig.noted))
     assert bodies[0] == bodies[1]
-    assert bodies[0] == (b"".join([line("a"), line("b"), line("c" * 300), line("d"), line("", done=True)]), 4, True)
+    body = b"".join([line("a"), line("b"), line("c" * 300), line("d"), line("", done=True)])
+    assert bodies[0] == (body, 4, True, [len(body), 4])
+
+
+@given(st.lists(lines(), max_size=6), st.sampled_from([Ending.NDJSON_DONE, Ending.SSE_DONE, Ending.NDJSON_SUCCESS]))
+def test_an_ordinary_line_counts_as_it_would_if_it_were_read(pieces: list[bytes], ending: Ending) -> None:
+    quick, slow = Rig(ending), Rig(ending)
+    quick.begin()
+    slow.begin()
+    for piece in pieces:
+        quick.take(encode_chunk(piece))
+        slow.take(encode_chunk(piece), splices=False)
+        assert state(quick) == state(slow)
+
+
+def state(rig: Rig) -> tuple[object, ...]:
+    seen = rig.answer.watcher
+    told = (seen.n_tokens, seen.complete, seen.failed, bytes(seen.partial), seen.at_line_start, rig.noted)
+    return (*told, rig.body, rig.relay._tail, rig.relay._is_line_open)
 
 
 def test_ordinary_chunks_are_passed_on_untouched_and_the_others_are_not() -> None:
