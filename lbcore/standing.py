@@ -165,7 +165,7 @@ class Standing:
         that would. False where that is not known for sure.
         """
         best_ns = self._best_ns
-        if not (self._groups and self._soonest_ns == best_ns == self._known.least()):
+        if not self._groups or best_ns != self._known.least():
             return False
         fastest = self._known.values.index(best_ns)
         if fastest in self._unready or self._expected.values[fastest] != best_ns:

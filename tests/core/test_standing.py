@@ -205,6 +205,40 @@ def test_a_rank_changes_in_the_moment_in_which_it_has_to(seed: int) -> None:
         assert kept.ranks() == expected
 
 
+def _standing_of(*facts: dict[str, Any]) -> tuple[Standing, list[Server]]:
+    """Return servers and their order."""
+    servers = [server_of(i, {**_PLAIN, **some}) for i, some in enumerate(facts)]
+    return Standing(servers, [server.models[MODEL] for server in servers], "", SelectionSettings()), servers
+
+
+def test_who_is_just_soon_enough_falls_behind_when_the_soonest_gets_sooner() -> None:
+    fast = {"known_ns": 50 * MS_NS, "in_flight": 1, "service_ns": 5e9}
+    fading = {"known_ns": 200 * MS_NS}
+    just_soon_enough = {"known_ns": 60 * MS_NS, "in_flight": 1, "service_ns": 339.9 * MS_NS}
+    standing, _ = _standing_of(fast, fading, just_soon_enough)
+    standing.settle(0)
+    assert standing.ranks() == [4, 0, 0]
+    standing.settle(SECOND_NS // 5)
+    assert standing.ranks() == [4, 0, 1]
+
+
+def test_the_first_is_not_surely_the_first_that_is_ready_where_the_fastest_is_not() -> None:
+    passed_over = {"known_ns": 100 * MS_NS, "reliability": Reliability.UNRELIABLE, "trusted_from_ns": SECOND_NS}
+    standing, _ = _standing_of(passed_over, {"known_ns": 190 * MS_NS}, {"known_ns": 350 * MS_NS})
+    standing.settle(0)
+    assert not standing.begins_ready()
+    standing.settle(SECOND_NS)
+    assert standing.begins_ready()
+
+
+def test_the_first_is_not_surely_the_first_that_is_ready_beside_one_that_is_not() -> None:
+    full = {"known_ns": 100 * MS_NS, "in_flight": 1, "service_ns": 1.0}
+    standing, servers = _standing_of(full, {"known_ns": 100 * MS_NS})
+    servers[1].in_flight = 1  # for another model
+    standing.settle(0)
+    assert not standing.begins_ready()
+
+
 def test_few_of_many_are_looked_at_and_drawn() -> None:
     rng, same = Random(1), Random(1)
     servers = [server_of(i, _PLAIN) for i in range(1000)]
