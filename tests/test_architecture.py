@@ -90,6 +90,18 @@ def test_the_core_iterates_over_no_set(path: Path) -> None:
         assert not is_set, ast.unparse(node)
 
 
+def test_only_sockets_know_of_a_backend_of_anyio() -> None:
+    """Their callbacks are asyncio's (design §8); all else is anyio's, so that it runs on trio, and in virtual time."""
+    knowing = set()
+    for path in [*ROOT.glob("lbio/**/*.py"), *ROOT.glob("simulator/**/*.py")]:
+        for node in _nodes(path):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if {name.split(".")[0] for name in names} & {"asyncio", "trio", "sniffio"}:
+                knowing.add(str(path.relative_to(ROOT)))
+    assert knowing == {"lbio/wire/readiness.py", "lbio/wire/sockets.py"}
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("[ls]*/**/*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
