@@ -38,6 +38,7 @@ from benchmarks.kit import (
 REPEATS, QUICK_REPEATS = 21, 10
 N_SERVERS = 4
 HELP_BAR_MS, ANSWER_BAR_MS = 150.0, 400.0
+BUSY = 0.15  # of its CPU time: who waits longer shares its core
 THERE, ABSENT = f"{N_SERVERS} servers", f"{N_SERVERS} servers that are not there"
 
 _PATIENCE_S = 20.0
@@ -153,6 +154,9 @@ def report_of(found: dict[str, list[Sample]], bars: dict[str, float | None]) -> 
         report.data[name] = {"wall_ms": walls, "cpu_ms": cpus, "said": said}
         if (bar := bars[name]) is not None:
             report.bars[f"{name} <= {bar:g} ms: {median(walls):.0f} ms"] = median(walls) <= bar
+            waited_ms = median(walls) - median(cpus)
+            if waited_ms > BUSY * median(cpus):
+                report.notes.append(f"NOISY: {name} waited {waited_ms:.0f} ms, mostly for a core; see --realtime")
     report.notes.append("median (min-max); CPU: of the process that was started, without nginx's worker")
     return report
 

@@ -22,6 +22,12 @@ def test_the_median_is_judged_not_a_single_start() -> None:
     assert _report([100.0, 410.0, 2000.0], 400.0) == {"run <= 400 ms: 410 ms": False}
 
 
+def test_a_start_that_waited_for_a_core_is_told_of() -> None:
+    waited = report_of({"run": [Sample(500.0, 300.0)]}, {"run": 400.0})
+    assert waited.notes[0].startswith("NOISY: run waited 200 ms")
+    assert not any("NOISY" in note for note in report_of({"run": [Sample(310.0, 300.0)]}, {"run": 400.0}).notes)
+
+
 def test_what_has_no_bar_is_shown_only() -> None:
     assert _report([9000.0], None) == {}
 
