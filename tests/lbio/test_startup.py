@@ -39,6 +39,12 @@ def _command(*args: str | Path) -> list[str]:
     return [sys.executable, "-c", PROGRAM, *map(str, args)]
 
 
+def _config_of_a_server_that_is_not_there(where: Path) -> Path:
+    path = where / "my.toml"
+    path.write_text('listen = "127.0.0.1:0"\n[[servers]]\nurl = "http://127.0.0.1:1"\nname = "gone"\n', "utf-8")
+    return path
+
+
 def _last_line(output: str) -> set[str]:
     return set(json.loads(output.splitlines()[-1]))
 
@@ -62,8 +68,7 @@ def test_help_imports_click_and_the_command_line_alone(args: Sequence[str]) -> N
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_run_imports_only_what_it_needs_for_an_answer(tmp_path: Path) -> None:
-    config = tmp_path / "my.toml"
-    config.write_text('listen = "127.0.0.1:0"\n[[servers]]\nurl = "http://127.0.0.1:1"\nname = "gone"\n', "utf-8")
+    config = _config_of_a_server_that_is_not_there(tmp_path)
     with subprocess.Popen(_command("run", config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         url = run.stdout.readline().split()[-1]
@@ -83,6 +88,24 @@ def test_a_configuration_that_is_wrong_is_refused_without_the_service(args: Sequ
     done = subprocess.run(_command(*args, config), capture_output=True, text=True, check=False, timeout=30)
     assert done.returncode == 2
     assert _last_line(done.stdout) & {"asyncio", "lbio.service", "simulator", "uvloop"} == set()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_garbage_is_collected_once_it_serves_but_not_among_what_was_imported(tmp_path: Path) -> None:
+    config = _config_of_a_server_that_is_not_there(tmp_path)
+    program = """
+import gc, sys
+import lbio.service
+from lbio.cli import main
+lbio.service._greet = lambda *_, **__: print(gc.isenabled(), gc.get_freeze_count() > 10_000, flush=True)
+main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", program, "run", str(config)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
+        assert run.stdout is not None
+        said = run.stdout.readline()
+        run.send_signal(signal.SIGTERM)
+    assert said == "True True\n"
 
 
 def test_garbage_is_collected_again_after_a_start_that_failed(tmp_path: Path) -> None:
