@@ -85,10 +85,6 @@ class Lots:
         start = block << _SHIFT
         return start + _first_beyond(list(accumulate(self.weights[start : start + _BLOCK])), left)
 
-    def only(self) -> int:
-        """Return the first place that has a weight: of one alone."""
-        return self.draw(0.0)
-
 
 def _first_beyond(ends: list[float], left: float) -> int:
     """Return where ascending sums first exceed `left`; by rounding none may, then where they reach their last value."""

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from functools import partial
 
 import anyio
-import anyio.lowlevel
 from anyio.abc import ByteStream
 
 from lbcore.ollama import find_route, shape_of
@@ -32,7 +31,6 @@ from lbio.wire.headers import upstream_headers
 
 _LOOKS_PER_TIMEOUT = 8
 """An idle connection is closed at most an eighth of its time too late."""
-
 
 
 class Front:
@@ -78,13 +76,11 @@ class Front:
         return found if found is not None else head.noted(self._notes, partial(self._find, head))
 
     def _find(self, head: RequestHead) -> Known:
-        route, servers = find_route(head.path), pinned(head)
+        route, shape = find_route(head.path), shape_of(head.path)
         stages = self.own.stages_for(head, route)
         content_type = head.header(b"content-type") or b""
         uploads = head.method == "POST" and route.uploads
-        found = servers if servers is not None else ()
-        shape = shape_of(head.path)
-        return Known(route, shape, self._judge(head), stages, uploads, found, servers is not None, content_type)
+        return Known(route, shape, self._judge(head), stages, uploads, pinned(head), content_type)
 
     def _judge(self, head: RequestHead) -> Verdict:
         """Tell what a request comes to by the web page that makes it; `admin` is stricter, and judges its own."""

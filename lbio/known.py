@@ -42,8 +42,7 @@ class Known:
     verdict: Verdict
     stages: tuple[Stage, ...]  # that may have an answer of our own
     uploads: bool  # the body is passed on as it comes
-    servers: tuple[str, ...]  # the only ones that may be asked, as the client wants it
-    is_pinned: bool  # the client names servers, or tries to
+    pinned: tuple[str, ...] | None  # the servers that the client names, perhaps in vain; None: it leaves that to us
     content_type: bytes
     head_parts: dict[Any, tuple[bytes, bytes]] = field(default_factory=dict)  # as servers get it
     view: View | None = None  # the answer given last, if it was made of the catalog

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import anyio
 
@@ -108,6 +108,8 @@ class Relay:
         "_write_nowait",
         "at_rest",
     )
+    is_verbatim: ClassVar = True
+    """The body goes on as it is, and nobody else needs to see it."""
 
     def __init__(self, exchange: Exchange, run: AttemptRun, answer: Answer, client: ClientStream, core: Core) -> None:
         self._exchange = exchange
@@ -143,7 +145,7 @@ class Relay:
             lines = self._whole_lines(held)
             head, self._framing = written_head(self._head(len(lines)), self._exchange.request.head, ours, close=close)
             self._write(b"".join((head, about, b"\r\n", self._framed(lines), self._closing())))
-            if type(self) is Relay and self._framing is answer.head.framing is Framing.CHUNKED:
+            if self.is_verbatim and self._framing is answer.head.framing is Framing.CHUNKED:
                 self.at_rest = self._is_at_rest()
                 self._run.give_to(Splice(self, self._run, answer.watcher, self._client, self._core))
         except Exception as error:  # noqa: BLE001  it is the client's connection that fails, not the core's commands

@@ -158,6 +158,7 @@ class Endpoint:
         while self._idle:
             connection = self._idle.pop()
             if connection.is_quiet():
+                connection.keep()  # what comes from now on is an answer, which waits until somebody takes it
                 return connection
             connection.close()
         return None
@@ -248,7 +249,7 @@ class Answer:
         try:
             data = await self.connection.reader.more()
         except anyio.BrokenResourceError as error:
-            self.take_end(str(error))
+            self.take_end(str(error) or "reset")  # TLS breaks without a word
             return b""
         except anyio.ClosedResourceError as error:  # by us
             raise IncompleteBody(str(error)) from error

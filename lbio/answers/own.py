@@ -85,12 +85,12 @@ class Ask:
     @property
     def servers(self) -> tuple[str, ...]:
         """The names of the servers that the client wants to be asked; () when it leaves that to us."""
-        return self.known.servers
+        return self.known.pinned or ()
 
     @property
     def is_pinned(self) -> bool:
         """Whether the client names servers, or tries to."""
-        return self.known.is_pinned
+        return self.known.pinned is not None
 
 
 class OwnAnswers:

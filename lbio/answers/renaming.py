@@ -21,6 +21,7 @@ class RenamingRelay(Relay):
     """Relays an answer in which the model has another name. `asked` is that name, as the client wrote it."""
 
     __slots__ = ("_asked", "_renamer")
+    is_verbatim = False
 
     def __init__(
         self, exchange: Exchange, run: AttemptRun, answer: Answer, client: ClientStream, core: Core, asked: str

@@ -79,6 +79,7 @@ class ShowRelay(Relay):
     """Relays an answer to `/api/show` and keeps it, if it was a good one and came whole."""
 
     __slots__ = ("_body", "_key", "_shown", "_shows")
+    is_verbatim = False
 
     def __init__(
         self,

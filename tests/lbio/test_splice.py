@@ -16,7 +16,7 @@ from lbio.exchange import Exchange
 from lbio.http1 import ChunkedDecoder, encode_chunk, parse_request_head, parse_response_head, size_line
 from lbio.relay import Relay
 from lbio.upstream import Answer, Connection
-from tests.lbio.kit import Scripted, chunked, line, scripted
+from tests.lbio.kit import chunked, line, scripted
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
 ASKED = parse_request_head(b"POST /api/chat HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\n")
@@ -218,4 +218,3 @@ async def test_a_stream_of_ordinary_chunks_arrives_whole_with_the_end_in_one_pie
         answer = await rig.chat()
     assert answer.complete
     assert answer.body == b"".join([*[line(f"{n}") for n in range(20)], line("", done=True)])
-    assert isinstance(server, Scripted)
